@@ -1,0 +1,1 @@
+"""Benchmarks: what a change, a first sync and a packet cost."""

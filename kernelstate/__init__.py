@@ -1,0 +1,1 @@
+"""What Linux should hold, and how to get it there. Knows no Kubernetes word."""

@@ -1,0 +1,31 @@
+"""What can go wrong between us and the kernel: three exception types, by whose fault it is."""
+
+from __future__ import annotations
+
+
+class KernelStateError(Exception):
+    """Root of everything this package raises on purpose."""
+
+
+class MissingFeatureError(KernelStateError):
+    """This kernel or this host lacks something; ``feature`` names it as the probe does."""
+
+    def __init__(self, feature: str, detail: str = "") -> None:
+        self.feature = feature
+        super().__init__(f"{feature} is not available here" + (f": {detail}" if detail else ""))
+
+
+class KernelRefusedError(KernelStateError):
+    """The kernel said no: which operation, on which object, and the kernel's own words."""
+
+    def __init__(self, operation: str, obj: str, reason: str) -> None:
+        self.operation, self.obj, self.reason = operation, obj, reason
+        super().__init__(f"{operation} {obj}: {reason}")
+
+
+class ParseError(KernelStateError):
+    """Text from a native tool that we cannot read: ``line`` is the offending one."""
+
+    def __init__(self, line: str, reason: str) -> None:
+        self.line, self.reason = line, reason
+        super().__init__(f"cannot parse {line!r}: {reason}")

@@ -1,0 +1,1 @@
+"""The kinds of kernel object, as typed records."""

@@ -1,0 +1,90 @@
+"""The few doors through which kernel state is read and changed; ``linux/`` opens them for real, ``fake.py`` in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from kernelstate.objects.address import Family, Prefix
+from kernelstate.objects.netfilter import Ruleset
+
+
+class SyncReport(msgspec.Struct, frozen=True):
+    """What one ``sync`` did. ``errors`` are one line each: operation, object, the kernel's words."""
+
+    part: str
+    changed: int = 0
+    errors: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed."""
+        return not self.errors
+
+
+class Reconciler(Protocol):
+    """One kind of kernel state that is kept as desired. The agent drives a list of these and knows nothing else of them."""
+
+    @property
+    def part(self) -> str:
+        """Its name in status and logs: ``netfilter``, ``links``."""
+
+    @property
+    def dirty(self) -> bool:
+        """Whether something desired is known not to be in the kernel yet."""
+
+    def sync(self) -> SyncReport:
+        """Bring the kernel to the desired state, writing only what differs. Idempotent; what fails stays dirty."""
+
+    def drifted(self) -> bool:
+        """Cheap check whether somebody else changed what is ours; if so the next ``sync`` observes and repairs."""
+
+    def cleanup(self) -> SyncReport:
+        """Remove every trace of ours from the kernel, whatever is desired."""
+
+
+class NetfilterPort(Protocol):
+    """Reading and writing the packet filter of one variant (legacy or nft) in the current network namespace."""
+
+    def observe(self, family: Family) -> Ruleset:
+        """Return every chain of the family's tables: ours in ``chains``; rules of other chains as ``anchors``, in order."""
+
+    def apply(self, family: Family, restore_text: str) -> None:
+        """Feed one ``iptables-restore --noflush --counters`` text; all or nothing per table. Raises KernelRefusedError."""
+
+    def generation(self, family: Family) -> object:
+        """Return something comparable that changes when anybody changes the rules; costs microseconds."""
+
+
+class ConntrackEntry(msgspec.Struct, frozen=True, gc=False):
+    """One tracked flow: the original direction as sent, and the source of its replies (the backend after DNAT)."""
+
+    family: Family
+    protocol: str
+    source: int
+    destination: int
+    source_port: int
+    destination_port: int
+    reply_source: int
+    reply_source_port: int
+    zone: int = 0
+    mark: int = 0
+
+
+class ConntrackPort(Protocol):
+    """The connection tracking table."""
+
+    def entries(self, family: Family, protocol: str) -> Sequence[ConntrackEntry]:
+        """Dump the flows of one protocol (``udp``, ``tcp``, ``sctp``)."""
+
+    def delete(self, entries: Sequence[ConntrackEntry]) -> int:
+        """Delete exactly these; those already gone do not count. Returns how many were deleted."""
+
+
+class AddressPort(Protocol):
+    """The node's own addresses."""
+
+    def local_addresses(self) -> Sequence[tuple[str, Prefix]]:
+        """Return (link name, address as a host prefix) for each address of a link that is up, loopback included."""

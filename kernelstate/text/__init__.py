@@ -1,0 +1,1 @@
+"""The native tools' text: printed and parsed."""

@@ -1,0 +1,1 @@
+"""A Kubernetes cluster of network namespaces on one machine."""

@@ -1,0 +1,1 @@
+"""Nodes become pod-to-pod connectivity: what flannel does."""

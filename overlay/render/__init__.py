@@ -1,0 +1,1 @@
+"""A peer table as kernel state, one file a backend."""

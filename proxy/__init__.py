@@ -1,0 +1,1 @@
+"""Services become load balancing: what kube-proxy does."""

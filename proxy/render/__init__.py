@@ -1,0 +1,1 @@
+"""A service table as kernel state, one file a mode."""
