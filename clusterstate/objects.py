@@ -3,6 +3,9 @@
 Each class holds the fields that decide where packets go, already checked and typed: an address here is an ``ipaddress``
 object, a set of labels an immutable mapping. ``parse.py`` is the only maker; nothing past it looks at JSON again.
 
+None of them can be part of a reference cycle, so none is tracked by the garbage collector (``gc=False``): a cluster of 100,000
+objects must not make every collection slower.
+
 Source: Kubernetes API reference v1.36 (core/v1, discovery.k8s.io/v1, networking.k8s.io/v1).
 """
 
@@ -36,7 +39,7 @@ class ObjectRef(NamedTuple):
 # -- Service ---------------------------------------------------------------------------------------------------------
 
 
-class ServicePort(msgspec.Struct, frozen=True):
+class ServicePort(msgspec.Struct, frozen=True, gc=False):
     """``spec.ports[]``; ``node_port`` 0 is none; ``target_port`` is a number or the name of a container port."""
 
     name: str
@@ -46,14 +49,14 @@ class ServicePort(msgspec.Struct, frozen=True):
     node_port: int = 0
 
 
-class LoadBalancerIngress(msgspec.Struct, frozen=True):
+class LoadBalancerIngress(msgspec.Struct, frozen=True, gc=False):
     """``status.loadBalancer.ingress[]`` with an IP; ``ip_mode`` absent means VIP (KEP-1860)."""
 
     ip: IPAddress
     ip_mode: Literal["VIP", "Proxy"] = "VIP"
 
 
-class Service(msgspec.Struct, frozen=True):
+class Service(msgspec.Struct, frozen=True, gc=False):
     """A Service. ``cluster_ips`` is empty for headless and ExternalName Services.
 
     ``cluster_ip`` keeps the stated text (``None``, an address, or empty) for those who fill it in.
@@ -89,7 +92,7 @@ class Service(msgspec.Struct, frozen=True):
 # -- EndpointSlice ---------------------------------------------------------------------------------------------------
 
 
-class EndpointPort(msgspec.Struct, frozen=True):
+class EndpointPort(msgspec.Struct, frozen=True, gc=False):
     """``ports[]`` of a slice: matched to a Service port by ``name`` and ``protocol``."""
 
     name: str
@@ -97,7 +100,7 @@ class EndpointPort(msgspec.Struct, frozen=True):
     port: int
 
 
-class Endpoint(msgspec.Struct, frozen=True):
+class Endpoint(msgspec.Struct, frozen=True, gc=False):
     """``endpoints[]`` of a slice: one address (only ``addresses[0]`` counts) and its conditions, defaults filled in."""
 
     address: IPAddress
@@ -112,7 +115,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     """``namespace/name`` of ``targetRef`` when that is a Pod."""
 
 
-class EndpointSlice(msgspec.Struct, frozen=True):
+class EndpointSlice(msgspec.Struct, frozen=True, gc=False):
     """An EndpointSlice; also what an Endpoints object becomes (``mirrored``), as Kubernetes' own mirroring does it."""
 
     namespace: str
@@ -134,14 +137,14 @@ class EndpointSlice(msgspec.Struct, frozen=True):
 # -- Node, Namespace, Pod --------------------------------------------------------------------------------------------
 
 
-class NodeAddress(msgspec.Struct, frozen=True):
+class NodeAddress(msgspec.Struct, frozen=True, gc=False):
     """``status.addresses[]`` of type InternalIP or ExternalIP."""
 
     type: Literal["InternalIP", "ExternalIP"]
     ip: IPAddress
 
 
-class Node(msgspec.Struct, frozen=True):
+class Node(msgspec.Struct, frozen=True, gc=False):
     """A Node. ``addresses`` in stated order: the first InternalIP of a family is the node's own in that family."""
 
     name: str
@@ -172,7 +175,7 @@ class Node(msgspec.Struct, frozen=True):
         return None
 
 
-class Namespace(msgspec.Struct, frozen=True):
+class Namespace(msgspec.Struct, frozen=True, gc=False):
     """A Namespace and its labels (``kubernetes.io/metadata.name`` is always among them)."""
 
     name: str
@@ -184,7 +187,7 @@ class Namespace(msgspec.Struct, frozen=True):
         return ObjectRef("Namespace", "", self.name)
 
 
-class ContainerPort(msgspec.Struct, frozen=True):
+class ContainerPort(msgspec.Struct, frozen=True, gc=False):
     """``containers[].ports[]``; ``name`` may be empty."""
 
     name: str
@@ -192,7 +195,7 @@ class ContainerPort(msgspec.Struct, frozen=True):
     port: int
 
 
-class Pod(msgspec.Struct, frozen=True):
+class Pod(msgspec.Struct, frozen=True, gc=False):
     """A Pod. ``ips`` empty: not started or not yet known."""
 
     namespace: str
@@ -215,7 +218,7 @@ class Pod(msgspec.Struct, frozen=True):
         return ObjectRef("Pod", self.namespace, self.name)
 
 
-class ServiceCIDR(msgspec.Struct, frozen=True):
+class ServiceCIDR(msgspec.Struct, frozen=True, gc=False):
     """A ServiceCIDR: ranges from which ClusterIPs are taken (KEP-1880)."""
 
     name: str
@@ -230,7 +233,7 @@ class ServiceCIDR(msgspec.Struct, frozen=True):
 # -- NetworkPolicy ---------------------------------------------------------------------------------------------------
 
 
-class Requirement(msgspec.Struct, frozen=True):
+class Requirement(msgspec.Struct, frozen=True, gc=False):
     """``matchExpressions[]``: key, operator, values."""
 
     key: str
@@ -238,13 +241,13 @@ class Requirement(msgspec.Struct, frozen=True):
     values: tuple[str, ...] = ()
 
 
-class LabelSelector(msgspec.Struct, frozen=True):
+class LabelSelector(msgspec.Struct, frozen=True, gc=False):
     """A label selector; with no requirement it selects everything. ``matchLabels`` are held as ``In`` requirements."""
 
     requirements: tuple[Requirement, ...] = ()
 
 
-class PolicyPort(msgspec.Struct, frozen=True):
+class PolicyPort(msgspec.Struct, frozen=True, gc=False):
     """``ports[]``: a protocol with no port (all), a number, a name, or a range to ``end_port``."""
 
     protocol: Protocol
@@ -252,14 +255,14 @@ class PolicyPort(msgspec.Struct, frozen=True):
     end_port: int | None = None
 
 
-class IPBlock(msgspec.Struct, frozen=True):
+class IPBlock(msgspec.Struct, frozen=True, gc=False):
     """``ipBlock``: a CIDR without its exceptions."""
 
     cidr: IPNetwork
     excepts: tuple[IPNetwork, ...] = ()
 
 
-class PolicyPeer(msgspec.Struct, frozen=True):
+class PolicyPeer(msgspec.Struct, frozen=True, gc=False):
     """``from[]`` or ``to[]``: either ``ip_block``, or selectors (None where the object leaves one out)."""
 
     pod_selector: LabelSelector | None = None
@@ -267,14 +270,14 @@ class PolicyPeer(msgspec.Struct, frozen=True):
     ip_block: IPBlock | None = None
 
 
-class PolicyRule(msgspec.Struct, frozen=True):
+class PolicyRule(msgspec.Struct, frozen=True, gc=False):
     """``ingress[]`` or ``egress[]``: empty ``peers`` is everybody, empty ``ports`` every port."""
 
     peers: tuple[PolicyPeer, ...] = ()
     ports: tuple[PolicyPort, ...] = ()
 
 
-class NetworkPolicy(msgspec.Struct, frozen=True):
+class NetworkPolicy(msgspec.Struct, frozen=True, gc=False):
     """A NetworkPolicy with ``policyTypes`` defaulted as the API server does it."""
 
     namespace: str

@@ -6,7 +6,8 @@ same, so making one costs the change, not the cluster, and whoever holds an old 
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 import msgspec
 from immutables import Map
@@ -70,6 +71,8 @@ class ObjectError(msgspec.Struct, frozen=True):
     """Path of the field, such as ``spec.ports[0].port``; empty for the whole."""
     reason: str
     """What is wrong, with the value."""
+    kept: bool = False
+    """The object stands without this one entry (a single external IP, say), as kube-proxy does it. Otherwise it was left out."""
 
     def __str__(self) -> str:
         """Print on one line."""
@@ -86,3 +89,83 @@ class Update(msgspec.Struct, frozen=True):
     """Services to compile again: those changed themselves and those whose slices did. None: all."""
     generation: str = ""
     """What a file source's ``.generation`` file says: its writer's own number for this state, echoed once programmed."""
+
+    def after(self, earlier: Update) -> Update:
+        """Return this update as seen by somebody who did not see ``earlier``."""
+        both = (self.changed, earlier.changed)
+        names = (self.service_changed, earlier.service_changed)
+        return msgspec.structs.replace(
+            self,
+            changed=None if both[0] is None or both[1] is None else both[0] | both[1],
+            service_changed=None if names[0] is None or names[1] is None else names[0] | names[1],
+        )
+
+
+def edited(base: Snapshot, gone: Iterable[KubernetesObject], come: Iterable[KubernetesObject]) -> Snapshot:
+    """Return ``base`` without the objects in ``gone`` and with those in ``come``; costs these, and shares all the rest. The revision stays.
+
+    A new version of an object is in ``come`` alone. A slice that moves to another Service is in both.
+    """
+    edits: dict[type[KubernetesObject], tuple[list[KubernetesObject], list[KubernetesObject]]] = {}
+    for side, objects in enumerate((gone, come)):
+        for one in objects:
+            edits.setdefault(type(one), ([], []))[side].append(one)
+    tables: dict[str, Map[Any, Any]] = {}
+    for kind, (old, new) in edits.items():
+        table = _TABLES[kind]
+        if kind is EndpointSlice:
+            tables[table] = _edited_slices(base.slices, old, new)
+            continue
+        before: Map[Any, KubernetesObject] = getattr(base, table)
+        with before.mutate() as entries:
+            for one in old:
+                entries.pop(_key(one), None)
+            for one in new:
+                entries[_key(one)] = one
+            tables[table] = entries.finish()
+    return msgspec.structs.replace(base, **tables)
+
+
+_TABLES: dict[type[KubernetesObject], str] = {
+    Service: "services",
+    EndpointSlice: "slices",
+    Node: "nodes",
+    Pod: "pods",
+    Namespace: "namespaces",
+    NetworkPolicy: "policies",
+    ServiceCIDR: "service_cidrs",
+}
+
+
+def _key(one: KubernetesObject) -> Name | str:
+    match one:
+        case Node() | Namespace() | ServiceCIDR():
+            return one.name
+        case _:
+            return (one.namespace, one.name)
+
+
+Slices: TypeAlias = Map[Name, Map[ObjectRef, EndpointSlice]]
+
+
+def _edited_slices(before: Slices, gone: Iterable[KubernetesObject], come: Iterable[KubernetesObject]) -> Slices:
+    """Edit the slices Service by Service; a Service without any has no entry."""
+    changes: dict[Name, dict[ObjectRef, EndpointSlice | None]] = {}
+    for new, objects in ((False, gone), (True, come)):
+        for one in objects:
+            if isinstance(one, EndpointSlice):
+                changes.setdefault((one.namespace, one.service), {})[one.ref] = one if new else None
+    with before.mutate() as groups:
+        for service, refs in changes.items():
+            with groups.get(service, Map()).mutate() as group:
+                for ref, slice_ in refs.items():
+                    if slice_ is None:
+                        group.pop(ref, None)
+                    else:
+                        group[ref] = slice_
+                merged = group.finish()
+            if merged:
+                groups[service] = merged
+            else:
+                groups.pop(service, None)
+    return groups.finish()

@@ -16,10 +16,13 @@ class MissingFeatureError(KernelStateError):
 
 
 class KernelRefusedError(KernelStateError):
-    """The kernel said no: which operation, on which object, and the kernel's own words."""
+    """The kernel said no: which operation, on which object, and the kernel's own words.
 
-    def __init__(self, operation: str, obj: str, reason: str) -> None:
-        self.operation, self.obj, self.reason = operation, obj, reason
+    ``line`` is the 1-based line of the text that was refused, where a text was given and the tool named one, else 0.
+    """
+
+    def __init__(self, operation: str, obj: str, reason: str, line: int = 0) -> None:
+        self.operation, self.obj, self.reason, self.line = operation, obj, reason, line
         super().__init__(f"{operation} {obj}: {reason}")
 
 

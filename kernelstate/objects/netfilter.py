@@ -48,7 +48,7 @@ class Comment(msgspec.Struct, frozen=True, gc=False):
 
 
 class Transport(msgspec.Struct, frozen=True, gc=False):
-    """``-m tcp --dport 80``; ports are inclusive (first, last) pairs, ``None`` is any port."""
+    """``-m tcp --dport 80``; ports are inclusive (first, last) pairs, ``None`` is any port. The rule says the same protocol."""
 
     protocol: Literal["tcp", "udp", "sctp"]
     dport: tuple[int, int] | None = None
@@ -165,7 +165,10 @@ Target: TypeAlias = Verdict | Jump | Reject | Dnat | Masquerade | SetXmark | Oth
 
 
 class Rule(msgspec.Struct, frozen=True, gc=False):
-    """One rule. ``target`` None is a rule that only counts; ``protocol`` empty is any."""
+    """One rule. ``target`` None is a rule that only counts; ``protocol`` empty is any.
+
+    A prefix that holds every address is written as None, which is what the kernel makes of it.
+    """
 
     target: Target | None
     matches: tuple[Match, ...] = ()

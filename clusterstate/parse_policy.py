@@ -1,0 +1,126 @@
+"""NetworkPolicy: from the wire to a checked value, with the API server's defaults filled in.
+
+A missing, null or empty list mean the same everywhere; only an empty *object* says something (``podSelector: {}`` is every pod).
+
+    policyTypes missing      Ingress, and Egress where there are egress rules
+    ports[].protocol missing TCP
+    podSelector missing      {}
+
+What a selector selects and what a rule allows is for ``netpolicy``.
+Source: Kubernetes pkg/apis/networking/v1/defaults.go and validation/validation.go.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from clusterstate import fields, wire
+from clusterstate.faults import Fault, shown
+from clusterstate.fields import Subject
+from clusterstate.objects import (
+    IPBlock,
+    IPNetwork,
+    LabelSelector,
+    NetworkPolicy,
+    PolicyPeer,
+    PolicyPort,
+    PolicyRule,
+    Requirement,
+)
+
+Operator = Literal["In", "NotIn", "Exists", "DoesNotExist"]
+_OPERATORS: dict[str, Operator] = {"In": "In", "NotIn": "NotIn", "Exists": "Exists", "DoesNotExist": "DoesNotExist"}
+_EVERYTHING = LabelSelector()
+
+
+def parse_policy(w: wire.NetworkPolicy, at: Subject) -> tuple[NetworkPolicy, ...]:
+    """Return the NetworkPolicy."""
+    spec = w.spec or wire.PolicySpec()
+    types = spec.policy_types or (["Ingress", "Egress"] if spec.egress else ["Ingress"])
+    for i, kind in enumerate(types):
+        fields.one_of(f"spec.policyTypes[{i}]", kind, ("Ingress", "Egress"))
+    return (
+        NetworkPolicy(
+            namespace=at.namespace,
+            name=at.name,
+            pod_selector=_selector("spec.podSelector", spec.pod_selector) or _EVERYTHING,
+            isolates_ingress="Ingress" in types,
+            isolates_egress="Egress" in types,
+            ingress=tuple([_rule(f"spec.ingress[{i}]", "from", rule) for i, rule in enumerate(spec.ingress or ())]),
+            egress=tuple([_rule(f"spec.egress[{i}]", "to", rule) for i, rule in enumerate(spec.egress or ())]),
+        ),
+    )
+
+
+def _rule(path: str, side: str, w: wire.IngressRule | wire.EgressRule) -> PolicyRule:
+    peers = [_peer(f"{path}.{side}[{i}]", peer) for i, peer in enumerate(w.peers or ())]
+    ports = [_port(f"{path}.ports[{i}]", port) for i, port in enumerate(w.ports or ())]
+    return PolicyRule(tuple(peers), tuple(ports))
+
+
+def _peer(path: str, w: wire.Peer) -> PolicyPeer:
+    """Return a peer: an address block, or selectors, never both and never nothing (which would be everybody)."""
+    pods = _selector(f"{path}.podSelector", w.pod_selector)
+    namespaces = _selector(f"{path}.namespaceSelector", w.namespace_selector)
+    if w.ip_block is None:
+        if pods is None and namespaces is None:
+            raise Fault(path, "must state a podSelector, a namespaceSelector or an ipBlock")
+        return PolicyPeer(pods, namespaces)
+    if pods is not None or namespaces is not None:
+        raise Fault(f"{path}.ipBlock", "must not stand beside a podSelector or namespaceSelector")
+    return PolicyPeer(ip_block=_block(f"{path}.ipBlock", w.ip_block))
+
+
+def _block(path: str, w: wire.IPBlock) -> IPBlock:
+    whole = fields.cidr(f"{path}.cidr", w.cidr)
+    excepts = [fields.cidr(f"{path}.except[{i}]", text) for i, text in enumerate(w.excepts or ())]
+    for i, part in enumerate(excepts):
+        if not _inside(part, whole):
+            raise Fault(f"{path}.except[{i}]", f"must be a part of {whole} and smaller, is {shown(str(part))}")
+    return IPBlock(whole, tuple(excepts))
+
+
+def _inside(part: IPNetwork, whole: IPNetwork) -> bool:
+    """Tell a strict subset, by number: ``subnet_of`` raises for another family."""
+    if part.version != whole.version or part.prefixlen <= whole.prefixlen:
+        return False
+    return part.network_address in whole
+
+
+def _port(path: str, w: wire.PolicyPort) -> PolicyPort:
+    """Return a port: none (all of the protocol), a number, a name, or a range."""
+    protocol = fields.protocol(f"{path}.protocol", w.protocol)
+    port = w.port
+    if isinstance(port, int):
+        fields.number(f"{path}.port", port, 1, 65535)
+    elif port is not None:
+        fields.label_name(f"{path}.port", port)
+    if w.end_port is None:
+        return PolicyPort(protocol, port)
+    if not isinstance(port, int):
+        raise Fault(f"{path}.endPort", f"must stand beside a port that is a number, is {w.end_port}")
+    return PolicyPort(protocol, port, fields.number(f"{path}.endPort", w.end_port, port, 65535))
+
+
+# -- selectors -------------------------------------------------------------------------------------------------------
+
+
+def _selector(path: str, w: wire.Selector | None) -> LabelSelector | None:
+    """Return a selector, ``matchLabels`` first and by key; None where there is none."""
+    if w is None:
+        return None
+    stated = [Requirement(key, "In", (value,)) for key, value in sorted((w.match_labels or {}).items())]
+    expressions = [_requirement(f"{path}.matchExpressions[{i}]", e) for i, e in enumerate(w.match_expressions or ())]
+    return LabelSelector((*stated, *expressions))
+
+
+def _requirement(path: str, w: wire.Requirement) -> Requirement:
+    if not w.key:
+        raise Fault(f"{path}.key", "must be given")
+    fields.one_of(f"{path}.operator", w.operator or "", _OPERATORS)
+    operator = _OPERATORS[w.operator or ""]
+    if operator in ("In", "NotIn") and not w.values:
+        raise Fault(f"{path}.values", f"must hold a value for {operator}")
+    if operator in ("Exists", "DoesNotExist") and w.values:
+        raise Fault(f"{path}.values", f"must be empty for {operator}, is {shown(w.values)}")
+    return Requirement(w.key, operator, tuple(w.values or ()))

@@ -1,0 +1,15 @@
+"""Names of what a kernel or host may lack. Pure: the probes that ask are in ``linux/``, and they ask, never compare versions.
+
+A name is what an error, a skip and ``nodeplane status`` say; keep them stable.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Feature(StrEnum):
+    """One thing that may be missing."""
+
+    IPTABLES_LEGACY = "iptables-legacy"
+    IPTABLES_NFT = "iptables-nft"

@@ -1,0 +1,270 @@
+"""The daemon's loop: wait, take the newest snapshot, write what differs, watch that it stays.
+
+    objects change --.                                        .--> links       (netlink)
+    links change  ---+--> pipeline: what should be -- sync ---+--> netfilter   (iptables-restore)
+    somebody else's  |                                        '--> conntrack   (stale UDP flows)
+    flush, a timer --'
+
+Nothing is written before the first complete snapshot. The kernel forwards on its own: a killed agent is missed by nobody until
+the next change, and a restarted one writes only what differs.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import select
+import time
+from collections.abc import Callable, Sequence
+from typing import Never, Protocol
+
+import msgspec
+
+from clusterstate.snapshot import Update
+from kernelstate.errors import KernelStateError
+from kernelstate.ports import ConntrackPort, Reconciler, SyncReport
+from kernelstate.reconcile import NetfilterReconciler
+from kernelstate.reconcile_links import LinkReconciler
+from nodeplane.pipeline import Desired, HostFacts, Pipeline
+from nodeplane.status import PeerStatus, Status
+from proxy.conntrack import StaleFlows
+
+log = logging.getLogger("nodeplane.agent")
+
+QUIET = 0.01
+"""Seconds without another change after which a burst of changes counts as over."""
+BURST = 0.2
+"""Seconds after which a burst is taken in whether it is over or not."""
+DRIFT_CHECK = 1.0
+"""Seconds between two cheap looks for somebody else's changes."""
+RETRY = 2.0
+"""Seconds after which what failed is tried again."""
+
+
+class Source(Protocol):
+    """Where snapshots come from."""
+
+    def load(self) -> Update:
+        """Return the first complete snapshot."""
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when ``poll`` may have something."""
+
+    def poll(self) -> Update | None:
+        """Return the newest snapshot if it differs from the last; never blocks."""
+
+
+class Host(Protocol):
+    """What the agent asks of the machine besides its reconcilers."""
+
+    def facts(self) -> HostFacts:
+        """Return addresses and uplink as they are now."""
+
+    def prepare(self, desired: Desired) -> Sequence[str]:
+        """Set the sysctls and write the files that the desired state relies on; return what failed, one line each."""
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when links, addresses, routes or neighbours changed."""
+
+    def changed(self) -> bool:
+        """Drain that descriptor; whether something changed that concerns us. Never blocks."""
+
+
+class Agent:
+    """One node's agent. Everything it is given is used from the thread that calls ``start`` and ``run``, and only there."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        source: Source,
+        host: Host,
+        netfilter: NetfilterReconciler,
+        links: LinkReconciler | None,
+        conntrack: ConntrackPort | None,
+        publish: Callable[[Status], None],
+        status: Status,
+    ) -> None:
+        self.pipeline, self.source, self.host = pipeline, source, host
+        self.netfilter, self.links, self.conntrack = netfilter, links, conntrack
+        self.publish, self.status = publish, status
+        self.desired: Desired | None = None
+        self._update: Update | None = None
+        self._facts = HostFacts()
+        self._stale = StaleFlows()
+        self._host_errors: tuple[str, ...] = ()
+        self._last_end = 0.0
+        self._next_verify = 0.0
+        self._retry_at: float | None = None
+
+    @property
+    def reconcilers(self) -> list[Reconciler]:
+        """The parts of the kernel that are kept as desired."""
+        return [*([self.links] if self.links else []), self.netfilter]
+
+    # -- one round ---------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Load the first snapshot and bring the kernel to it. The collector waits: the first sync makes no garbage cycles."""
+        gc.disable()
+        self._facts = self.host.facts()
+        self.take(self.source.load())
+        self.sync()
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+        self._next_verify = time.monotonic() + self.pipeline.config.sync_period
+
+    def take(self, update: Update) -> None:
+        """Compile and render an update and hand the result to the reconcilers; writes nothing yet."""
+        before, self._update = self.desired, update
+        self.desired = desired = self.pipeline.update(update, self._facts)
+        self._stale.merge(desired.stale)
+        self.netfilter.set_desired(desired.ruleset, desired.changed_chains, desired.families)
+        if self.links is not None and desired.links is not None:
+            self.links.set_desired(desired.links)
+        if before is None or before.links != desired.links or before.families != desired.families:
+            self._host_errors = tuple(self.host.prepare(desired))
+
+    def sync(self) -> bool:
+        """Write what differs and publish the status; True if nothing is left to do."""
+        started = time.perf_counter()
+        reports = [reconciler.sync() for reconciler in self.reconcilers]
+        if reports[-1].ok:
+            reports.append(self._flush_stale())
+        errors = (*self._host_errors, *(e for r in reports for e in r.errors))
+        written = [f"{r.changed} in {r.part}" for r in reports if r.changed]
+        if written:
+            log.info("changed %s, %.1f ms", ", ".join(written), 1000 * (time.perf_counter() - started))
+        self._last_end = time.monotonic()
+        self._retry_at = self._last_end + RETRY if errors else None
+        self._publish(errors)
+        return not errors
+
+    def _flush_stale(self) -> SyncReport:
+        """Delete tracked UDP flows that lead to somebody who no longer serves; what fails is kept for the next round."""
+        if not self._stale or self.conntrack is None:
+            return SyncReport("conntrack")
+        deleted = 0
+        local = frozenset(self._facts.local_addresses)
+        try:
+            for family in sorted(self._stale.families):
+                stale = self._stale.select(self.conntrack.entries(family, "udp"), local)
+                deleted += self.conntrack.delete(stale) if stale else 0
+        except KernelStateError as error:
+            return SyncReport("conntrack", deleted, (str(error),))
+        self._stale = StaleFlows()
+        return SyncReport("conntrack", deleted)
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self, stop: Callable[[], bool], wake: int) -> None:
+        """Go on until ``stop`` says so; ``wake`` is a descriptor that becomes readable when it should be asked."""
+        poller = select.poll()
+        source, host = self.source.fileno(), self.host.fileno()
+        for descriptor in (source, host, wake):
+            poller.register(descriptor, select.POLLIN)
+        waiting = False
+        while not stop():
+            ready = {fd for fd, _ in poller.poll(1000 * self._seconds_until_due(waiting))}
+            if wake in ready:
+                os.read(wake, 64)
+            waiting = waiting or source in ready
+            host_changed = host in ready and self.host.changed()
+            if waiting and time.monotonic() >= self._last_end + self.pipeline.config.min_sync_period:
+                self._round(self._newest(), host_changed)
+                waiting = False
+                poller.modify(source, select.POLLIN)
+            else:
+                self._round(None, host_changed)
+                if waiting:
+                    poller.modify(source, 0)  # its change waits for the minimum period; do not spin on it
+
+    def _round(self, update: Update | None, host_changed: bool) -> None:
+        """Take in what is new and sync if anything is due."""
+        due = update is not None or self._is_due()
+        if host_changed:
+            facts = self.host.facts()
+            due = True
+            if facts != self._facts:
+                self._facts = facts
+                assert self._update is not None
+                nothing: frozenset[Never] = frozenset()
+                update = update or msgspec.structs.replace(self._update, changed=nothing, service_changed=nothing)
+        if update is not None:
+            self.take(update)
+        if due:
+            self.sync()
+
+    def _newest(self) -> Update | None:
+        """Return the newest snapshot, a burst of changes taken together."""
+        newest = self.source.poll()
+        end = time.monotonic() + BURST
+        while time.monotonic() < end and select.select([self.source.fileno()], [], [], QUIET)[0]:
+            more = self.source.poll()
+            if more is not None:
+                newest = more.after(newest) if newest is not None else more
+        return newest
+
+    def _is_due(self) -> bool:
+        now = time.monotonic()
+        if self._retry_at is not None:
+            return now >= self._retry_at
+        if now >= self._next_verify:
+            self._next_verify = now + self.pipeline.config.sync_period
+            self.netfilter.verify()
+        return any(r.dirty or r.drifted() for r in self.reconcilers)
+
+    def _seconds_until_due(self, waiting: bool) -> float:
+        now = time.monotonic()
+        deadlines = [now + DRIFT_CHECK, self._next_verify]
+        if self._retry_at is not None:
+            deadlines.append(self._retry_at)
+        if waiting:
+            deadlines.append(self._last_end + self.pipeline.config.min_sync_period)
+        return max(0.0, min(deadlines) - now)
+
+    # -- what people see ---------------------------------------------------------------------------------------------
+
+    def _publish(self, errors: tuple[str, ...]) -> None:
+        update, desired = self._update, self.desired
+        assert update is not None
+        assert desired is not None
+        before = self.status
+        object_errors = tuple(str(e) for e in update.errors)
+        for level, old, new in (
+            (logging.ERROR, before.errors, errors),
+            (logging.WARNING, before.object_errors, object_errors),
+            (logging.WARNING, before.problems, desired.problems),
+        ):
+            for line in new:
+                if line not in old:
+                    log.log(level, "%s", line)
+        pending = tuple(r.part for r in self.reconcilers if r.dirty)
+        self.status = msgspec.structs.replace(
+            before,
+            synced=not pending and not errors,
+            generation=update.generation,
+            revision=update.snapshot.revision,
+            last_sync=time.time(),
+            services=len(self.pipeline.compiler.entries),
+            endpoints=self.pipeline.endpoints,
+            chains=len(desired.ruleset.chains),
+            rules=self.pipeline.rules,
+            families=desired.families,
+            peers=_peers(desired),
+            pending=pending,
+            errors=errors,
+            object_errors=object_errors,
+            problems=desired.problems,
+        )
+        self.publish(self.status)
+
+
+def _peers(desired: Desired) -> tuple[PeerStatus, ...]:
+    if desired.peers is None:
+        return ()
+    return tuple(
+        PeerStatus(p.node, tuple(map(str, p.pod_cidrs)), ", ".join(map(str, p.public_ips)), p.reach.value)
+        for p in desired.peers.peers
+    )

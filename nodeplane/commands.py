@@ -1,0 +1,118 @@
+"""The table of commands: their options, and the function behind each, imported only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Subparsers = Any
+"""argparse keeps the type of its sub-parser collection to itself."""
+
+
+class Usage(Exception):  # noqa: N818 (it is about the caller, not about us)
+    """Bad usage or bad input: exit 2."""
+
+
+class Failed(Exception):  # noqa: N818
+    """The answer is no, or the work failed: exit 1."""
+
+
+def lazy(module: str, function: str = "run") -> Callable[[argparse.Namespace], int]:
+    """Return a command that imports its module when it is called: `--help` and small commands stay fast."""
+
+    def call(args: argparse.Namespace) -> int:
+        result: int = getattr(importlib.import_module(module), function)(args)
+        return result
+
+    return call
+
+
+def add_commands(subparsers: Subparsers) -> None:
+    """Add every command."""
+    _add_render(subparsers)
+    _add_explain(subparsers)
+    _add_agent(subparsers)
+    _add_status(subparsers)
+    from nodeplane.lab_commands import add_lab_parser  # noqa: PLC0415 (only names and options, but many)
+
+    add_lab_parser(subparsers)
+    _add_bench(subparsers)
+
+
+def _objects(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--objects",
+        action="append",
+        type=Path,
+        metavar="PATH",
+        required=required,
+        default=None,
+        help="Kubernetes objects: a YAML or JSON file, or a directory of them; may be given several times",
+    )
+
+
+def _node(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument("--node", metavar="N", required=required, help="the Node whose view it is")
+    parser.add_argument("--config", type=Path, metavar="F", help="NodeConfiguration or KubeProxyConfiguration")
+    parser.add_argument("--mode", metavar="M", help="how Services are rendered: iptables")
+
+
+def _add_render(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("render", help="print what would be programmed, in the native tool's syntax; no root")
+    _objects(parser, required=True)
+    _node(parser, required=True)
+    parser.add_argument("--part", choices=["services", "overlay"], help="only this part (default: services)")
+    parser.add_argument("--family", choices=["4", "6"], help="only this address family")
+    _local_addresses(parser)
+    parser.set_defaults(run=lazy("nodeplane.render"))
+
+
+def _local_addresses(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--local-address",
+        action="append",
+        metavar="IP",
+        default=[],
+        help="an address of the node besides those of its Node object; may be given several times",
+    )
+
+
+def _add_explain(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("explain", help="what happens to the first packet of a connection, and why; no root")
+    _objects(parser, required=True)
+    _node(parser, required=True)
+    _local_addresses(parser)
+    parser.add_argument("--from", dest="source", metavar="SRC", help="namespace/pod, an IP, or node")
+    parser.add_argument("--to", dest="destination", metavar="IP:PORT[/PROTO]", help="where to; TCP unless said")
+    parser.add_argument("--flows", type=Path, metavar="FILE", help="many flows: a JSON list")
+    parser.add_argument("-o", "--output", choices=["text", "json"], default="text")
+    parser.set_defaults(run=lazy("nodeplane.explain"))
+
+
+def _add_agent(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("agent", help="the daemon: keep this node's kernel as the objects say")
+    parser.add_argument("--config", type=Path, metavar="F", required=True)
+    parser.add_argument("--node", metavar="N", help="the Node's name (default: nodeName in the file, else the host name)")
+    _objects(parser, required=True)
+    parser.set_defaults(run=lazy("nodeplane.daemon"))
+
+
+def _add_status(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("status", help="what is programmed on this node and how far it is from desired")
+    parser.add_argument("-o", "--output", choices=["text", "json"], default="text")
+    parser.set_defaults(run=lazy("nodeplane.status_command"))
+    parser = subparsers.add_parser("cleanup", help="remove every trace of nodeplane from this node's kernel")
+    parser.set_defaults(run=lazy("nodeplane.cleanup"))
+
+
+def _add_bench(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("bench", help="measure; without a name, everything")
+    parser.add_argument("name", nargs="?", metavar="NAME")
+    parser.add_argument("--services", type=int, metavar="N", help="how many Services (default: the benchmark's own)")
+    parser.add_argument("--mode", metavar="M", help="service mode: iptables")
+    parser.add_argument("--results", type=Path, metavar="DIR", default=Path("bench/results"), help="where JSON and plots go")
+    parser.add_argument("-o", "--output", choices=["text", "json"], default="text")
+    parser.set_defaults(run=lazy("bench.run"))

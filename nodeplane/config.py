@@ -1,0 +1,348 @@
+"""The node's configuration: read once, checked once, every error naming the path and the value.
+
+Two files are understood: our NodeConfiguration, and a plain KubeProxyConfiguration as kube-proxy reads it. Inside the first,
+``services`` holds the second's fields, ``overlay`` flannel's net-conf.json fields and where the node's link is.
+
+    apiVersion: nodeplane.dev/v1alpha1
+    kind: NodeConfiguration
+    nodeName: worker-1
+    services: {mode: iptables, clusterCIDR: 10.244.0.0/16, nodePortAddresses: [primary]}
+    overlay:  {Network: 10.244.0.0/16, Backend: {Type: vxlan}, iface: eth0, ipMasq: true}
+
+Source: k8s.io/kube-proxy/config/v1alpha1, flannel Documentation/configuration.md.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Mapping
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import yaml
+from overlay.netconf import NetConf, NetConfError, parse_net_conf
+
+from kernelstate.objects.address import Prefix
+from proxy.settings import ProxySettings
+
+MODES = ("iptables",)
+"""Service modes there are."""
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used: which file, which path, which value."""
+
+
+# -- KubeProxyConfiguration, field by field ----------------------------------------------------------------------------
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel"):
+    pass
+
+
+class IptablesSection(_Strict, frozen=True):
+    """``iptables``: how rules are written and how often."""
+
+    masquerade_bit: int | None = None
+    masquerade_all: bool = False
+    localhost_node_ports: bool | None = None
+    sync_period: str | None = None
+    min_sync_period: str | None = None
+
+
+class DetectLocalSection(_Strict, frozen=True):
+    """``detectLocal``: names for the two interface modes."""
+
+    bridge_interface: str = ""
+    interface_name_prefix: str = ""
+
+
+class ConntrackSection(_Strict, frozen=True):
+    """``conntrack``: only ``tcpBeLiberal`` decides a rule; the others are sysctls."""
+
+    max_per_core: int | None = None
+    min: int | None = None
+    tcp_established_timeout: str | None = None
+    tcp_close_wait_timeout: str | None = None
+    tcp_be_liberal: bool = False
+    udp_timeout: str | None = None
+    udp_stream_timeout: str | None = None
+
+
+class ServicesSection(_Strict, frozen=True):
+    """KubeProxyConfiguration."""
+
+    api_version: str = ""
+    kind: str = ""
+    mode: str = ""
+    hostname_override: str = ""
+    cluster_cidr: str = msgspec.field(default="", name="clusterCIDR")
+    detect_local_mode: Literal["", "ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"] = ""
+    detect_local: DetectLocalSection = DetectLocalSection()
+    node_port_addresses: tuple[str, ...] | None = None
+    iptables: IptablesSection = IptablesSection()
+    conntrack: ConntrackSection = ConntrackSection()
+    # What follows is kube-proxy's and decides nothing in the modes there are; stating it is allowed and answered in the log.
+    feature_gates: dict[str, bool] | None = None
+    client_connection: dict[str, Any] | None = None
+    logging: dict[str, Any] | None = None
+    bind_address: str | None = None
+    healthz_bind_address: str | None = None
+    metrics_bind_address: str | None = None
+    bind_address_hard_fail: bool | None = None
+    enable_profiling: bool | None = None
+    show_hidden_metrics_for_version: str | None = None
+    ipvs: dict[str, Any] | None = None
+    nftables: dict[str, Any] | None = None
+    winkernel: dict[str, Any] | None = None
+    oom_score_adj: int | None = None
+    config_sync_period: str | None = None
+    port_range: str | None = None
+    windows_run_as_service: bool | None = None
+
+
+_UNUSED = ["feature_gates", "client_connection", "logging", "bind_address", "healthz_bind_address", "metrics_bind_address", "bind_address_hard_fail", "enable_profiling", "show_hidden_metrics_for_version", "ipvs", "nftables", "winkernel", "oom_score_adj", "config_sync_period", "port_range", "windows_run_as_service"]
+_UNUSED_CONNTRACK = ["max_per_core", "min", "tcp_established_timeout", "tcp_close_wait_timeout", "udp_timeout", "udp_stream_timeout"]
+
+
+class OverlayOptions(msgspec.Struct, frozen=True):
+    """What surrounds net-conf: the node's own link and the rules beside the tunnel."""
+
+    net_conf: NetConf
+    iface: str = ""
+    """The link to the other nodes; empty: the one that holds the node's address."""
+    ip_masq: bool = False
+    no_masquerade: tuple[Prefix, ...] = ()
+    """Networks outside the cluster that see pod addresses as they are."""
+    forward_rules: bool = True
+    subnet_file: str = "/run/flannel/subnet.env"
+
+
+class NodeConfig(msgspec.Struct, frozen=True):
+    """Everything an agent needs to know besides the cluster's objects."""
+
+    node_name: str
+    services: ProxySettings | None = ProxySettings()
+    """None: Services are left to somebody else."""
+    mode: str = "iptables"
+    min_sync_period: float = 1.0
+    """Seconds between the end of one write and the start of the next."""
+    sync_period: float = 30.0
+    """Seconds between two full comparisons with the kernel."""
+    overlay: OverlayOptions | None = None
+    iptables_variant: Literal["auto", "legacy", "nft"] = "auto"
+    notes: tuple[str, ...] = ()
+    """Fields that were stated and change nothing here: one line each for the log."""
+
+
+def default_config(node_name: str, mode: str = "iptables") -> NodeConfig:
+    """Return the configuration of a file that states nothing."""
+    return NodeConfig(node_name, mode=_mode(mode, "--mode"))
+
+
+def load_config(path: Path, node_name: str = "") -> NodeConfig:
+    """Read a configuration file. ``node_name`` from the command line beats the file. Raises ConfigError."""
+    try:
+        raw = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    try:
+        return parse_config(raw, node_name)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def parse_config(raw: object, node_name: str = "") -> NodeConfig:
+    """Check a decoded configuration file. Raises ConfigError naming path and value."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"must be a NodeConfiguration or a KubeProxyConfiguration, is {type(raw).__name__}")
+    match raw.get("kind"):
+        case "KubeProxyConfiguration":
+            section = _decode(raw, ServicesSection, "")
+            return _build({"nodeName": section.hostname_override}, section, "", node_name)
+        case "NodeConfiguration":
+            if raw.get("apiVersion") != "nodeplane.dev/v1alpha1":
+                raise ConfigError(f"apiVersion: must be nodeplane.dev/v1alpha1, is {raw.get('apiVersion')!r}")
+            known = {"apiVersion", "kind", "nodeName", "services", "overlay", "policy", "iptablesVariant"}
+            for key in raw:
+                if key not in known:
+                    raise ConfigError(f"{key}: unknown field; there are {', '.join(sorted(known))}")
+            section = _decode(raw.get("services") or {}, ServicesSection, "services")
+            return _build(raw, section, "services.", node_name)
+        case kind:
+            raise ConfigError(f"kind: must be NodeConfiguration or KubeProxyConfiguration, is {kind!r}")
+
+
+def _build(raw: Mapping[str, Any], section: ServicesSection, at: str, node_name: str) -> NodeConfig:
+    variant = raw.get("iptablesVariant", "auto")
+    if variant not in {"auto", "legacy", "nft"}:
+        raise ConfigError(f"iptablesVariant: must be auto, legacy or nft, is {variant!r}")
+    _policy(raw.get("policy") or {})
+    name = node_name or raw.get("nodeName") or section.hostname_override or socket.gethostname()
+    if not isinstance(name, str):
+        raise ConfigError(f"nodeName: must be a string, is {name!r}")
+    sync = _seconds(section.iptables.sync_period, 30.0, f"{at}iptables.syncPeriod")
+    minimum = _seconds(section.iptables.min_sync_period, 1.0, f"{at}iptables.minSyncPeriod")
+    if sync <= 0:
+        raise ConfigError(f"{at}iptables.syncPeriod: must be greater than 0, is {section.iptables.sync_period}")
+    if minimum > sync:
+        raise ConfigError(f"{at}iptables.minSyncPeriod: must not be greater than syncPeriod, is {minimum:g} s")
+    overlay = raw.get("overlay")
+    return NodeConfig(
+        node_name=name.lower(),
+        services=None if raw.get("services", {}) is False else _proxy_settings(section, at),
+        mode=_mode(section.mode, f"{at}mode"),
+        min_sync_period=minimum,
+        sync_period=sync,
+        overlay=_overlay(overlay) if overlay is not None else None,
+        iptables_variant=variant,
+        notes=_notes(section, at),
+    )
+
+
+def _proxy_settings(section: ServicesSection, at: str) -> ProxySettings:
+    bit = section.iptables.masquerade_bit
+    bit = 14 if bit is None else bit
+    if not 0 <= bit <= 31:
+        raise ConfigError(f"{at}iptables.masqueradeBit: must be between 0 and 31, is {bit}")
+    mode = section.detect_local_mode or "ClusterCIDR"
+    detect = section.detect_local
+    if mode == "BridgeInterface" and not detect.bridge_interface:
+        raise ConfigError(f"{at}detectLocal.bridgeInterface: must be set with detectLocalMode BridgeInterface")
+    if mode == "InterfaceNamePrefix" and not detect.interface_name_prefix:
+        raise ConfigError(f"{at}detectLocal.interfaceNamePrefix: must be set with detectLocalMode InterfaceNamePrefix")
+    cidrs = [c.strip() for c in section.cluster_cidr.split(",") if c.strip()]
+    localhost = section.iptables.localhost_node_ports
+    return ProxySettings(
+        masquerade_all=section.iptables.masquerade_all,
+        masquerade_bit=bit,
+        localhost_node_ports=True if localhost is None else localhost,
+        detect_local_mode=mode,
+        cluster_cidrs=tuple(_prefix(c, f"{at}clusterCIDR") for c in cidrs),
+        bridge_interface=detect.bridge_interface,
+        interface_name_prefix=detect.interface_name_prefix,
+        node_port_addresses=_node_port_addresses(section.node_port_addresses or (), at),
+        tcp_be_liberal=section.conntrack.tcp_be_liberal,
+    )
+
+
+def _node_port_addresses(stated: tuple[str, ...], at: str) -> tuple[Prefix, ...] | Literal["primary"]:
+    if "primary" in stated:
+        if len(stated) > 1:
+            raise ConfigError(f"{at}nodePortAddresses: primary stands alone or not at all, is {list(stated)}")
+        return "primary"
+    return tuple(_prefix(c, f"{at}nodePortAddresses[{i}]") for i, c in enumerate(stated))
+
+
+def _overlay(raw: object) -> OverlayOptions:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"overlay: must be an object, is {raw!r}")
+    ours = {"iface", "ipMasq", "noMasquerade", "forwardRules", "subnetFile"}
+    try:
+        net_conf = parse_net_conf({k: v for k, v in raw.items() if k not in ours})
+    except NetConfError as error:
+        raise ConfigError(f"overlay.{error}") from error
+    options = _decode({k: v for k, v in raw.items() if k in ours}, _OverlayFields, "overlay")
+    return OverlayOptions(
+        net_conf=net_conf,
+        iface=options.iface,
+        ip_masq=options.ip_masq,
+        no_masquerade=tuple(_prefix(c, f"overlay.noMasquerade[{i}]") for i, c in enumerate(options.no_masquerade)),
+        forward_rules=options.forward_rules,
+        subnet_file=options.subnet_file,
+    )
+
+
+class _OverlayFields(_Strict, frozen=True):
+    iface: str = ""
+    ip_masq: bool = False
+    no_masquerade: tuple[str, ...] = ()
+    forward_rules: bool = True
+    subnet_file: str = "/run/flannel/subnet.env"
+
+
+def _policy(raw: object) -> None:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"policy: must be an object, is {raw!r}")
+    for key, value in raw.items():
+        if key not in {"enabled", "mode"}:
+            raise ConfigError(f"policy.{key}: unknown field; there are enabled, mode")
+        if key == "enabled" and value is not False:
+            raise ConfigError("policy.enabled: NetworkPolicy is not enforced by this version; must be false or left out")
+
+
+def _mode(stated: str, at: str) -> str:
+    mode = stated or "iptables"
+    if mode not in MODES:
+        raise ConfigError(f"{at}: must be one of {', '.join(MODES)}, is {mode!r}")
+    return mode
+
+
+def _prefix(text: str, at: str) -> Prefix:
+    try:
+        return Prefix.of(ip_network(text, strict=False))
+    except ValueError as error:
+        raise ConfigError(f"{at}: must be a CIDR, is {text!r}") from error
+
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(h|m|s|ms)")
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+
+
+def _seconds(text: str | None, default: float, at: str) -> float:
+    """Parse a Go duration such as ``1m30s``; absent and ``0s`` take kube-proxy's default, as its own defaulting does."""
+    if text is None:
+        return default
+    parts = _DURATION.findall(text)
+    if text != "0" and "".join(n + u for n, u in parts) != text:
+        raise ConfigError(f"{at}: must be a duration such as 30s or 1m, is {text!r}")
+    return sum(float(n) * _UNITS[u] for n, u in parts) or default
+
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+def _decode(raw: object, shape: type[_T], at: str) -> _T:
+    """Check a section against its fields; msgspec's path becomes ours, and the value is named."""
+    try:
+        return msgspec.convert(raw, shape)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        reason, _, path = text.partition(" - at `$")
+        path = path.rstrip("`").lstrip(".")
+        unknown = re.search(r"unknown field `(.+?)`", reason)
+        if unknown:
+            path = f"{path}.{unknown[1]}" if path else unknown[1]
+            reason = "unknown field"
+        where = ".".join(part for part in (at, path) if part)
+        raise ConfigError(f"{where}: {reason[:1].lower()}{reason[1:]}{_value(raw, path, bool(unknown))}") from error
+
+
+def _value(raw: object, path: str, skip: bool) -> str:
+    if skip:
+        return ""
+    for key in re.findall(r"[^.\[\]]+", path):
+        if isinstance(raw, Mapping):
+            raw = raw.get(key)
+        elif isinstance(raw, list | tuple) and key.isdigit():
+            raw = raw[int(key)]
+    return f" (is {raw!r})"
+
+
+def _notes(section: ServicesSection, at: str) -> tuple[str, ...]:
+    """Name the fields that were stated and have no effect here, so that nobody waits for one."""
+    stated = [name for name in _UNUSED if getattr(section, name) is not None]
+    conntrack = [name for name in _UNUSED_CONNTRACK if getattr(section.conntrack, name) is not None]
+    return tuple(f"{at}{_camel(n)} is stated and changes nothing in this version" for n in stated) + tuple(
+        f"{at}conntrack.{_camel(n)} is stated and changes nothing in this version" for n in conntrack
+    )
+
+
+def _camel(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(word.capitalize() for word in rest)

@@ -1,0 +1,89 @@
+"""``nodeplane agent``: puts the agent together for this machine and runs it until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import time
+from types import FrameType
+
+from kernelstate.linux.links import LinuxLinks
+
+from clusterstate.sources.files import FileSource, SourceError
+from kernelstate.errors import KernelStateError
+from kernelstate.linux.conntrack import LinuxConntrack
+from kernelstate.linux.iptables import IptablesPort, choose_variant
+from kernelstate.reconcile import NetfilterReconciler
+from kernelstate.reconcile_links import LinkReconciler
+from nodeplane.agent import Agent
+from nodeplane.commands import Failed, Usage
+from nodeplane.config import ConfigError, NodeConfig, load_config
+from nodeplane.host import LinuxHost
+from nodeplane.pipeline import OWNERSHIP, Pipeline
+from nodeplane.status import AlreadyRunningError, Status, take_lock, write_status
+
+log = logging.getLogger("nodeplane")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the agent; SIGTERM and SIGINT end it and leave the kernel as it is."""
+    try:
+        config = load_config(args.config, args.node or "")
+        source = FileSource(args.objects)
+    except (ConfigError, SourceError) as error:
+        raise Usage(str(error)) from error
+    try:
+        lock = take_lock()
+    except (AlreadyRunningError, OSError) as error:
+        raise Failed(str(error)) from error
+    stopped: list[int] = []
+    wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        stopped.append(number)
+
+    signal.set_wakeup_fd(wake_write)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    try:
+        agent = build_agent(config, source)
+        agent.start()
+        agent.run(lambda: bool(stopped), wake_read)
+    except (SourceError, KernelStateError) as error:
+        raise Failed(str(error)) from error
+    finally:
+        os.close(lock)
+    log.info("stopped; the kernel goes on forwarding as it is")
+    return 0
+
+
+def build_agent(config: NodeConfig, source: FileSource) -> Agent:
+    """Wire the parts for the current network namespace."""
+    for note in config.notes:
+        log.info("%s", note)
+    variant, reason = config.iptables_variant, "iptablesVariant in the configuration"
+    if variant == "auto":
+        variant, reason = choose_variant()
+    log.info("node %s: Services in %s through iptables-%s (%s)", config.node_name, config.mode, variant, reason)
+    overlay = config.overlay
+    status = Status(
+        pid=os.getpid(),
+        node=config.node_name,
+        mode=config.mode,
+        iptables_variant=variant,
+        iptables_reason=reason,
+        started=time.time(),
+        overlay=overlay.net_conf.backend.type if overlay else "",
+    )
+    return Agent(
+        pipeline=Pipeline(config),
+        source=source,
+        host=LinuxHost(config),
+        netfilter=NetfilterReconciler(IptablesPort(variant), OWNERSHIP),
+        links=LinkReconciler(LinuxLinks()) if overlay else None,
+        conntrack=LinuxConntrack(),
+        publish=write_status,
+        status=status,
+    )

@@ -1,0 +1,294 @@
+"""``nodeplane explain``: what happens to the first packet of a new connection on one node, and why.
+
+Two judges that share no code: the oracle walks the meaning of the objects, the simulator walks the rendered rules. Where they
+disagree something is wrong with us, and the answer says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from overlay.oracle import path_of
+
+from clusterstate.objects import IPAddress
+from kernelstate.objects.address import Prefix
+from kernelstate.objects.netfilter import Protocol, Verdict
+from kernelstate.simulate import Packet, Simulator
+from kernelstate.simulate import Path as WalkedPath
+from nodeplane.commands import Failed, Usage
+from nodeplane.objects_input import NodeView, read_view
+from proxy.oracle import Flow, Judgement, Oracle, Outcome, parse_backend
+from proxy.render.iptables import NODE_PORTS
+
+_PROTOCOLS: dict[str, Protocol] = {"TCP": "tcp", "UDP": "udp", "SCTP": "sctp"}
+
+
+class Question(msgspec.Struct, frozen=True):
+    """One flow as asked; ``kind`` pod, node or external, or empty to find out."""
+
+    source: IPAddress
+    destination: IPAddress
+    protocol: str
+    port: int
+    kind: str = ""
+
+
+class FlowIn(msgspec.Struct, frozen=True):
+    """One element of ``--flows``."""
+
+    source_ip: str
+    dest_ip: str
+    dest_port: int
+    protocol: str = "TCP"
+    source_kind: str = ""
+
+
+class Explainer:
+    """Both judges for one node's view, ready for many flows."""
+
+    def __init__(self, view: NodeView) -> None:
+        self.view = view
+        self.local = frozenset(_address(p) for p in view.facts.local_addresses)
+        settings = view.config.services
+        node = view.pipeline.compiler.node
+        self.oracle = Oracle(view.pipeline.compiler.table, settings, node, self.local) if settings else None
+        self.simulator = Simulator(view.desired.ruleset, self.local)
+        self.pods = {ip: pod for pod in view.snapshot.pods.values() if not pod.host_network for ip in pod.ips}
+
+    def answer(self, question: Question) -> dict[str, Any]:
+        """Judge one flow; the shape is the contract of ``--flows``."""
+        kind = question.kind or self._kind(question.source)
+        flow = Flow(
+            source=question.source,
+            destination=question.destination,
+            protocol=question.protocol,
+            port=question.port,
+            from_node=kind == "node",
+            interface=self._interface(kind),
+        )
+        judgement = self.oracle.judge(flow) if self.oracle else Judgement(frozenset({Outcome("pass")}), ("Services are off",))
+        walked = self.simulator.walk(packet_of(flow))
+        simulated = frozenset(outcome_of(path) for path in walked)
+        verdict = min(o.verdict for o in judgement.outcomes)
+        endpoints = sorted(o.backend for o in judgement.outcomes if o.backend)
+        destinations = [parse_backend(e)[0] for e in endpoints] or [question.destination]
+        paths = [self._path(d) for d in destinations]
+        return {
+            "service": {
+                "verdict": verdict,
+                "endpoints": endpoints,
+                "masquerade": any(o.masquerade for o in judgement.outcomes),
+            },
+            "policy": self._policy(),
+            "path": paths[0],
+            "paths": dict(zip(endpoints, paths, strict=False)),
+            "agree": simulated == judgement.outcomes,
+            "steps": _steps(judgement, walked, simulated),
+        }
+
+    def _kind(self, source: IPAddress) -> str:
+        if source in self.local or source.is_loopback:
+            return "node"
+        return "pod" if source in self.pods else "external"
+
+    def _interface(self, kind: str) -> str:
+        """Return a link name of the kind a packet from such a source comes in through."""
+        settings = self.view.config.services
+        if kind == "pod" and settings is not None:
+            return settings.bridge_interface or (settings.interface_name_prefix and settings.interface_name_prefix + "0")
+        return "" if kind == "node" else self.view.facts.uplink.name if self.view.facts.uplink else "eth0"
+
+    def _path(self, destination: IPAddress) -> dict[str, Any]:
+        """Say where a packet to an address goes after translation."""
+        if destination in self.local or destination.is_loopback:
+            return {"kind": "node", "peer": None}
+        if self.view.desired.peers is not None:
+            found = path_of(self.view.desired.peers, destination)
+            return {"kind": found.kind, "peer": found.peer}
+        own = self.view.snapshot.nodes.get(self.view.config.node_name)
+        if own is not None and any(destination in c for c in own.pod_cidrs):
+            return {"kind": "local", "peer": None}
+        for node in self.view.snapshot.nodes.values():
+            if any(destination == a.ip for a in node.addresses):
+                return {"kind": "node", "peer": node.name}
+        return {"kind": "external", "peer": None}
+
+    def _policy(self) -> dict[str, Any]:
+        because = []
+        if self.view.snapshot.policies:
+            because.append(f"{len(self.view.snapshot.policies)} NetworkPolicies are among the objects; none is enforced")
+        return {"egress": "none", "ingress": "none", "allowed": True, "because": because}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Explain one flow, or a file of them."""
+    if (args.flows is None) == (args.source is None or args.destination is None):
+        raise Usage("explain: give either --from and --to, or --flows")
+    explainer = Explainer(read_view(args))
+    if args.flows is not None:
+        answers = [explainer.answer(q) for q in read_flows(args.flows)]
+        json.dump(answers, sys.stdout, indent=None if len(answers) > 100 else 1)
+        sys.stdout.write("\n")
+        return 0
+    question = parse_question(explainer.view, args.source, args.destination)
+    answer = explainer.answer(question)
+    if args.output == "json":
+        json.dump(answer, sys.stdout, indent=1)
+        sys.stdout.write("\n")
+    else:
+        print("\n".join(_text(question, answer, explainer.view.config.node_name)))
+    if not answer["agree"]:
+        raise Failed("the oracle and the rendered rules disagree about this flow: please report it with the objects")
+    return 0
+
+
+def read_flows(path: Path) -> list[Question]:
+    """Read a ``--flows`` file. Raises Usage naming element, field and value."""
+    try:
+        flows = msgspec.json.decode(path.read_bytes(), type=list[FlowIn])
+    except OSError as error:
+        raise Usage(f"--flows: {path}: {error.strerror}") from error
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise Usage(f"--flows: {path}: {error}") from error
+    return [_question(flow, f"--flows: {path}: [{i}]") for i, flow in enumerate(flows)]
+
+
+def _question(flow: FlowIn, at: str) -> Question:
+    source = _parse_address(flow.source_ip, f"{at}.source_ip")
+    destination = _parse_address(flow.dest_ip, f"{at}.dest_ip")
+    if source.version != destination.version:
+        raise Usage(f"{at}: source_ip {source} and dest_ip {destination} are of different families")
+    if flow.source_kind not in {"", "pod", "node", "external"}:
+        raise Usage(f"{at}.source_kind: must be pod, node or external, is {flow.source_kind!r}")
+    return Question(
+        source,
+        destination,
+        _parse_protocol(flow.protocol, f"{at}.protocol"),
+        _parse_port(flow.dest_port, f"{at}.dest_port"),
+        flow.source_kind,
+    )
+
+
+def parse_question(view: NodeView, source: str, destination: str) -> Question:
+    """Read ``--from`` and ``--to``. Raises Usage."""
+    address, _, rest = destination.rpartition(":")
+    port, _, protocol = rest.partition("/")
+    if not address or not port.isdigit():
+        raise Usage(f"--to: must be IP:PORT or IP:PORT/PROTOCOL, is {destination!r}")
+    to = _parse_address(address.strip("[]"), "--to")
+    number = _parse_port(int(port), "--to")
+    kind, origin = _origin(view, source, to.version)
+    return Question(origin, to, _parse_protocol(protocol or "TCP", "--to"), number, kind)
+
+
+def _origin(view: NodeView, source: str, family: int) -> tuple[str, IPAddress]:
+    """Resolve ``--from``: namespace/pod, ``node``, or an address."""
+    if source == "node":
+        own = view.pipeline.compiler.node.primary(family)  # type: ignore[arg-type]
+        if own is None:
+            raise Usage(f"--from: Node {view.config.node_name} has no IPv{family} address among the objects")
+        return "node", own
+    if "/" in source:
+        namespace, _, name = source.partition("/")
+        pod = view.snapshot.pods.get((namespace, name))
+        if pod is None:
+            raise Usage(f"--from: no Pod {source} among the objects")
+        ip = next((ip for ip in pod.ips if ip.version == family), None)
+        if ip is None:
+            raise Usage(f"--from: Pod {source} has no IPv{family} address among the objects")
+        if pod.host_network:
+            return ("node" if pod.node == view.config.node_name else "external"), ip
+        return "pod", ip
+    address = _parse_address(source, "--from")
+    if address.version != family:
+        raise Usage(f"--from: {address} and --to are of different families")
+    return "", address
+
+
+def outcome_of(path: WalkedPath) -> Outcome:
+    """Bring a walk through the rules into the oracle's words."""
+    if path.verdict != "accept":
+        return Outcome(path.verdict)
+    if path.dnat is not None:
+        address, port = path.dnat
+        return Outcome("dnat", f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}", path.masquerade)
+    by_name = any(s.chain == NODE_PORTS and s.rule.target is Verdict.ACCEPT for s in path.steps)
+    return Outcome("accept" if by_name else "pass")
+
+
+def packet_of(flow: Flow) -> Packet:
+    """Return the packet that the simulator walks for a flow."""
+    return Packet(
+        protocol=_PROTOCOLS[flow.protocol],
+        source=flow.source,
+        destination=flow.destination,
+        destination_port=flow.port,
+        in_interface=flow.interface,
+        from_local=flow.from_node,
+    )
+
+
+def _steps(judgement: Judgement, walked: tuple[WalkedPath, ...], simulated: frozenset[Outcome]) -> list[str]:
+    """Tell the story: the reasons, then one walk through the rules for each thing that may happen."""
+    steps = [f"because: {reason}" for reason in judgement.because]
+    shown: set[Outcome] = set()
+    for path in walked:
+        outcome = outcome_of(path)
+        if outcome in shown:
+            continue
+        shown.add(outcome)
+        title = outcome.backend or outcome.verdict
+        steps.append(f"{title} with probability {path.probability:.4f}:")
+        steps += [f"  {step}" for step in path.steps]
+    if simulated != judgement.outcomes:
+        steps.append(f"DISAGREE: oracle {sorted(judgement.outcomes)}, rules {sorted(simulated)}")
+    return steps
+
+
+def _text(question: Question, answer: dict[str, Any], node: str) -> list[str]:
+    service, path = answer["service"], answer["path"]
+    lines = [f"{question.source} -> {question.destination}:{question.port}/{question.protocol}, seen on {node}", ""]
+    match service["verdict"]:
+        case "dnat":
+            lines.append(f"  goes to one of {len(service['endpoints'])} endpoints:")
+            for endpoint in service["endpoints"]:
+                way = answer["paths"][endpoint]
+                lines.append(f"    {endpoint}  {way['kind']}{' to ' + way['peer'] if way['peer'] else ''}")
+            source = "replaced by the node's (masquerade)" if service["masquerade"] else "kept"
+            lines.append(f"  source address: {source}")
+        case "pass":
+            lines.append(f"  no Service: {path['kind']}{' to ' + path['peer'] if path['peer'] else ''}")
+        case verdict:
+            lines.append(f"  {verdict}")
+    lines += ["", "  " + "\n  ".join(answer["steps"]), ""]
+    lines.append("  oracle and rules agree" if answer["agree"] else "  oracle and rules DISAGREE")
+    return lines
+
+
+def _parse_address(text: str, at: str) -> IPAddress:
+    try:
+        return ip_address(text)
+    except ValueError as error:
+        raise Usage(f"{at}: must be an IP address, is {text!r}") from error
+
+
+def _parse_protocol(text: str, at: str) -> str:
+    if text.upper() not in {"TCP", "UDP", "SCTP"}:
+        raise Usage(f"{at}: protocol must be TCP, UDP or SCTP, is {text!r}")
+    return text.upper()
+
+
+def _parse_port(number: int, at: str) -> int:
+    if not 1 <= number <= 65535:
+        raise Usage(f"{at}: port must be between 1 and 65535, is {number}")
+    return number
+
+
+def _address(prefix: Prefix) -> IPAddress:
+    return ip_address(prefix.address_text)

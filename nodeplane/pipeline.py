@@ -1,0 +1,217 @@
+"""From a snapshot to what the kernel should hold, for one node: pure, and as incremental as the change is small.
+
+    Update --> ServiceCompiler --> IptablesProgram --.
+       |                                             +--> Desired (ruleset, changed chains, links, stale flows, problems)
+       '-----> compile_peers ----> vxlan, host-gw ---'
+
+The agent feeds it updates and hands the result to reconcilers; ``render`` and ``explain`` use it once. It never meets the kernel:
+what the host contributes comes in as ``HostFacts``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import msgspec
+from overlay.compile import compile_peers
+from overlay.render.hostgw import render_hostgw
+from overlay.render.masquerade import render_masquerade
+from overlay.render.vxlan import render_vxlan
+from overlay.table import PeerTable, Uplink
+
+from clusterstate.objects import Node
+from clusterstate.snapshot import Name, Snapshot, Update
+from kernelstate.objects.address import Family, Prefix
+from kernelstate.objects.links import LinkState
+from kernelstate.objects.netfilter import Anchor, ChainKey, Rule, Ruleset
+from kernelstate.ownership import Ownership
+from nodeplane.config import NodeConfig, OverlayOptions
+from proxy.compile import ServiceCompiler
+from proxy.conntrack import StaleFlows
+from proxy.render.iptables_program import CHAIN_NAMES, CHAIN_PREFIXES, IptablesProgram
+from proxy.settings import NodeFacts, ProxySettings
+from proxy.table import ServiceEntry
+
+OWNERSHIP = Ownership(
+    names=frozenset((*CHAIN_NAMES, "FLANNEL-POSTRTG", "FLANNEL-FWD")),
+    prefixes=CHAIN_PREFIXES,
+)
+"""Which chains of the packet filter are ours."""
+
+_OVERLAY_RENDERERS: dict[str, Callable[[PeerTable], LinkState]] = {"vxlan": render_vxlan, "host-gw": render_hostgw}
+
+
+class HostFacts(msgspec.Struct, frozen=True):
+    """What the host tells: its addresses (loopback left out) and its link to the other nodes."""
+
+    local_addresses: tuple[Prefix, ...] = ()
+    uplink: Uplink | None = None
+
+
+class Desired(msgspec.Struct, frozen=True):
+    """What the kernel should hold now."""
+
+    ruleset: Ruleset
+    families: tuple[Family, ...]
+    changed_chains: frozenset[ChainKey] | None
+    """Chains that differ from the ``Desired`` before; None: compare all."""
+    links: LinkState | None
+    """None: the overlay is somebody else's."""
+    peers: PeerTable | None
+    stale: StaleFlows
+    problems: tuple[str, ...]
+
+
+class Pipeline:
+    """One node's compiled and rendered state, moved along by updates."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self.config = config
+        self.settings = config.services
+        self.compiler = ServiceCompiler(NodeFacts(config.node_name))
+        self.program: IptablesProgram | None = None
+        self.peers: PeerTable | None = None
+        self.rules = 0
+        """How many rules there are in chains of ours."""
+        self._chains: dict[ChainKey, tuple[Rule, ...]] = {}
+        self._masquerade = Ruleset({})
+        self._service_families: Counter[Family] = Counter()
+        self._overlay_input: object = None
+        self._links: LinkState | None = None
+        self._started = False
+
+    def update(self, update: Update, facts: HostFacts) -> Desired:
+        """Take in a snapshot and say what the kernel should hold."""
+        stale = StaleFlows()
+        node = node_facts(self.config.node_name, update.snapshot.nodes.get(self.config.node_name), facts)
+        changed: set[ChainKey] | None = set()
+        if self.settings is not None:
+            changed = self._update_services(self.settings, update, node, stale)
+        if self.config.overlay is not None and self._update_overlay(self.config.overlay, update.snapshot, facts):
+            changed = None
+        if not self._started:
+            changed = None
+        self._started = True
+        self._merge(changed)
+        families = self.program.families if self.program else _overlay_families(self.config.overlay)
+        return Desired(
+            ruleset=Ruleset(self._chains, self._anchors()),
+            families=families,
+            changed_chains=None if changed is None else frozenset(changed),
+            links=self._links,
+            peers=self.peers,
+            stale=stale,
+            problems=self._problems(update.snapshot),
+        )
+
+    @property
+    def endpoints(self) -> int:
+        """Endpoints that some Service can reach from here."""
+        return self.program.endpoints if self.program else 0
+
+    # -- Services ----------------------------------------------------------------------------------------------------
+
+    def _update_services(
+        self, settings: ProxySettings, update: Update, node: NodeFacts, stale: StaleFlows
+    ) -> set[ChainKey] | None:
+        names = update.service_changed
+        if node != self.compiler.node or not self._started:
+            self.compiler.node = node
+            names = None
+        changed = self.compiler.update(update.snapshot, names)
+        for name, before in changed.items():
+            self._note(name, before, stale)
+        if not self._started:
+            stale.note_all(self.compiler.entries)
+        families = self._families(settings, node)
+        if self.program is None or self.program.node != node or self.program.families != families:
+            self.program = IptablesProgram(settings, node, families)
+            self.program.update(self.compiler.entries, None)
+            return None
+        return self.program.update(self.compiler.entries, changed)
+
+    def _note(self, name: Name, before: tuple[ServiceEntry, ...], stale: StaleFlows) -> None:
+        after = self.compiler.entries.get(name, ())
+        self._service_families.subtract(e.family for e in before)
+        self._service_families.update(e.family for e in after)
+        stale.note(before, after)
+
+    def _families(self, settings: ProxySettings, node: NodeFacts) -> tuple[Family, ...]:
+        """Return the families in use: the node's, its pods' and the Services'; rules of another would never be met."""
+        used: set[Family] = {a.version for a in node.addresses}
+        used |= {c.family for c in (*node.pod_cidrs, *settings.cluster_cidrs)}
+        used |= {family for family, count in self._service_families.items() if count > 0}
+        used |= set(_overlay_families(self.config.overlay))
+        return tuple(sorted(used)) or (4,)
+
+    # -- overlay -----------------------------------------------------------------------------------------------------
+
+    def _update_overlay(self, options: OverlayOptions, snapshot: Snapshot, facts: HostFacts) -> bool:
+        """Compile and render peers if nodes or the uplink changed; return whether netfilter rules changed."""
+        inputs = (snapshot.nodes, facts.uplink)
+        if inputs == self._overlay_input:
+            return False
+        self._overlay_input = inputs
+        if facts.uplink is None:
+            return False
+        self.peers = compile_peers(snapshot, self.config.node_name, options.net_conf, facts.uplink)
+        self._links = _OVERLAY_RENDERERS[options.net_conf.backend.type](self.peers)
+        before = self._masquerade
+        self._masquerade = render_masquerade(
+            self.peers,
+            ip_masq=options.ip_masq,
+            forward_rules=options.forward_rules,
+            never_masquerade=options.no_masquerade,
+        )
+        return self._masquerade != before
+
+    # -- putting together --------------------------------------------------------------------------------------------
+
+    def _merge(self, changed: set[ChainKey] | None) -> None:
+        rendered = self.program.chains if self.program else {}
+        if changed is None:
+            self._chains = {**rendered, **self._masquerade.chains}
+            self.rules = sum(map(len, self._chains.values()))
+            return
+        for key in changed:
+            self.rules -= len(self._chains.pop(key, ()))
+            if key in rendered:
+                self._chains[key] = rendered[key]
+                self.rules += len(rendered[key])
+
+    def _anchors(self) -> tuple[Anchor, ...]:
+        return (self.program.ruleset.anchors if self.program else ()) + self._masquerade.anchors
+
+    def _problems(self, snapshot: Snapshot) -> tuple[str, ...]:
+        found = list(self.compiler.problems)
+        if self.config.node_name not in snapshot.nodes:
+            found.append(f"Node {self.config.node_name} is not among the objects: its zone, addresses and podCIDRs are unknown")
+        if self.program is not None:
+            found += self.program.problems
+        if self.peers is not None:
+            found += [str(problem) for problem in self.peers.problems]
+        return tuple(found)
+
+
+def node_facts(name: str, node: Node | None, facts: HostFacts) -> NodeFacts:
+    """Put together what is known of the node."""
+    if node is None:
+        return NodeFacts(name, local_addresses=facts.local_addresses)
+    own = (node.internal_ip(4), node.internal_ip(6))
+    first = next((a.ip.version for a in node.addresses), 4)
+    addresses = tuple(a for a in (own if first == 4 else own[::-1]) if a is not None)
+    return NodeFacts(
+        name=name,
+        zone=node.zone,
+        addresses=addresses,
+        pod_cidrs=tuple(Prefix.of(c) for c in node.pod_cidrs),
+        local_addresses=facts.local_addresses,
+    )
+
+
+def _overlay_families(options: OverlayOptions | None) -> tuple[Family, ...]:
+    if options is None:
+        return ()
+    conf = options.net_conf
+    return tuple(family for family, network in ((4, conf.network), (6, conf.ipv6_network)) if network is not None)  # type: ignore[misc]

@@ -1,0 +1,125 @@
+"""What the agent says of itself: one small file, replaced as a whole after every round, read by people and by the lab.
+
+/run/nodeplane/status.json     newest state of the agent of this node (of this mount namespace)
+/run/nodeplane/agent.lock      held while an agent runs: there is one per node
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from pathlib import Path
+
+import msgspec
+
+RUN_DIR = Path("/run/nodeplane")
+STATE_DIR = Path("/var/lib/nodeplane")
+STATUS_FILE = RUN_DIR / "status.json"
+LOCK_FILE = RUN_DIR / "agent.lock"
+
+
+class PeerStatus(msgspec.Struct, frozen=True):
+    """One other node, and how packets to its pods get there."""
+
+    node: str
+    pod_cidrs: tuple[str, ...]
+    public_ip: str
+    reach: str
+
+
+class Status(msgspec.Struct, frozen=True):
+    """The agent's state after its last round. Times are seconds since the epoch."""
+
+    pid: int
+    node: str
+    mode: str
+    iptables_variant: str = ""
+    iptables_reason: str = ""
+    started: float = 0.0
+    synced: bool = False
+    """Whether everything desired is in the kernel, as far as is known."""
+    generation: str = ""
+    """The objects' generation that is programmed (see clusterstate/sources/files.py)."""
+    revision: int = 0
+    last_sync: float = 0.0
+    services: int = 0
+    endpoints: int = 0
+    chains: int = 0
+    rules: int = 0
+    families: tuple[int, ...] = ()
+    overlay: str = ""
+    peers: tuple[PeerStatus, ...] = ()
+    pending: tuple[str, ...] = ()
+    """Parts that differ from what is desired."""
+    errors: tuple[str, ...] = ()
+    """What the kernel refused; tried again."""
+    object_errors: tuple[str, ...] = ()
+    """Objects that were left out."""
+    problems: tuple[str, ...] = ()
+    """What the objects ask for and cannot be had."""
+
+
+class AlreadyRunningError(Exception):
+    """Another agent holds this node."""
+
+
+def write_status(status: Status, path: Path = STATUS_FILE) -> None:
+    """Replace the status file; a reader sees the old one or the new one."""
+    fresh = path.with_suffix(f".{os.getpid()}.tmp")
+    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(status), indent=2) + b"\n")
+    fresh.replace(path)
+
+
+def read_status(path: Path = STATUS_FILE) -> Status | None:
+    """Return what the last agent wrote, or None where none ever did."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Status)
+    except FileNotFoundError:
+        return None
+
+
+def take_lock(path: Path = LOCK_FILE) -> int:
+    """Become the node's agent until the returned descriptor is closed. Raises AlreadyRunningError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise AlreadyRunningError(f"{path}: another agent of this node is running") from error
+    return descriptor
+
+
+def is_running(path: Path = LOCK_FILE) -> bool:
+    """Whether an agent holds the node now."""
+    if not path.exists():
+        return False
+    try:
+        os.close(take_lock(path))
+    except AlreadyRunningError:
+        return True
+    return False
+
+
+def status_lines(status: Status, *, running: bool) -> list[str]:
+    """Return the status as a person reads it."""
+    variant = f" (iptables-{status.iptables_variant}: {status.iptables_reason})" if status.iptables_variant else ""
+    state = "in sync" if status.synced else "NOT in sync"
+    lines = [
+        f"node      {status.node}, agent {f'pid {status.pid}' if running else 'NOT RUNNING (the kernel goes on forwarding)'}",
+        f"services  {status.mode}{variant}",
+        f"          {status.services} Services, {status.endpoints} endpoints: {status.rules} rules in {status.chains} chains",
+        f"state     {state}, last written {time.time() - status.last_sync:.0f} s ago",
+    ]
+    if status.overlay:
+        lines.append(f"overlay   {status.overlay}, {len(status.peers)} peers")
+        lines += [f"          {p.node}: {', '.join(p.pod_cidrs)} through {p.public_ip}, {p.reach}" for p in status.peers]
+    for title, items in (
+        ("pending", status.pending),
+        ("errors", status.errors),
+        ("left out", status.object_errors),
+        ("problems", status.problems),
+    ):
+        lines += [f"{title if i == 0 else '':<9} {item}" for i, item in enumerate(items)]
+    return lines

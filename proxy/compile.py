@@ -1,0 +1,236 @@
+"""Services and EndpointSlices become the service table. Decides meaning; knows no mode.
+
+``compile_service`` is a pure function of one Service, its slices and the node's facts. ``ServiceCompiler`` keeps its results,
+so that a change compiles only the Services it touches, and settles between Services what no single one can know: the same
+address and port claimed twice. The Service first in order of (namespace, name) wins; the others lose that frontend, and it
+is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from clusterstate.objects import Endpoint, EndpointSlice, ObjectRef, Service, ServicePort
+from clusterstate.snapshot import Name, Snapshot
+from kernelstate.objects.address import Family, address_text
+from proxy.eligibility import Candidate, eligible_backends
+from proxy.settings import NodeFacts
+from proxy.table import Backend, Frontend, Kind, PortName, ServiceEntry, ServiceTable
+
+SERVICE_PROXY_NAME = "service.kubernetes.io/service-proxy-name"
+"""A Service with this label belongs to another proxy."""
+
+FrontendKey = tuple[int, int, str, int]
+"""(family, address as a number or -1 for a NodePort, protocol, port)."""
+
+
+def compile_service(service: Service, slices: Iterable[EndpointSlice], node: NodeFacts) -> tuple[ServiceEntry, ...]:
+    """Compile one Service: an entry for each family and port, in that order; none where it is not this proxy's.
+
+    Headless and ExternalName Services have no address to answer on; a Service with the label service-proxy-name is
+    somebody else's.
+    """
+    if not service.cluster_ips or service.type == "ExternalName" or SERVICE_PROXY_NAME in service.labels:
+        return ()
+    slices = tuple(slices)
+    entries = []
+    for family in _families(service):
+        of_family = [s for s in slices if s.family == family]
+        for port in sorted(service.ports, key=lambda p: (p.name, p.protocol)):
+            entries.append(_compile_port(service, port, family, of_family, node))  # noqa: PERF401
+    return tuple(entries)
+
+
+def _families(service: Service) -> list[Family]:
+    return sorted({a.version for a in service.cluster_ips})
+
+
+def _compile_port(
+    service: Service, port: ServicePort, family: Family, slices: list[EndpointSlice], node: NodeFacts
+) -> ServiceEntry:
+    frontends = _frontends(service, port, family)
+    external = any(f.kind is not Kind.CLUSTER_IP for f in frontends)
+    internal_local = service.internal_policy == "Local"
+    external_local = service.external_policy == "Local" and external
+    candidates = _candidates(slices, port, node.name)
+    chosen = eligible_backends(
+        candidates,
+        node=node.name,
+        zone=node.zone,
+        uses_cluster=not internal_local or external,
+        uses_local=internal_local or external_local,
+    )
+    has_health_check = service.type == "LoadBalancer" and service.external_policy == "Local"
+    return ServiceEntry(
+        name=PortName(service.namespace, service.name, port.name, port.protocol),
+        family=family,
+        frontends=frontends,
+        cluster=chosen.cluster,
+        local=chosen.local,
+        internal_local=internal_local,
+        external_local=external_local,
+        has_any=chosen.has_any,
+        affinity_seconds=service.affinity_seconds,
+        source_ranges=tuple([r for r in service.source_ranges if r.version == family]),
+        health_check_node_port=service.health_check_node_port if has_health_check else 0,
+        serving=tuple([c.backend for c in candidates if c.serving]) if port.protocol == "UDP" else (),
+    )
+
+
+def _frontends(service: Service, port: ServicePort, family: Family) -> tuple[Frontend, ...]:
+    found = [Frontend(Kind.CLUSTER_IP, next(a for a in service.cluster_ips if a.version == family), port.port)]
+    found += [Frontend(Kind.EXTERNAL_IP, a, port.port) for a in service.external_ips if a.version == family]
+    if service.type == "LoadBalancer":
+        found += [
+            Frontend(Kind.LOAD_BALANCER, ingress.ip, port.port)
+            for ingress in service.load_balancer
+            if ingress.ip.version == family and ingress.ip_mode == "VIP"
+        ]
+    if port.node_port and service.type in {"NodePort", "LoadBalancer"}:
+        found.append(Frontend(Kind.NODE_PORT, None, port.node_port))
+    return tuple(found)
+
+
+def _candidates(slices: list[EndpointSlice], port: ServicePort, node: str) -> list[Candidate]:
+    """Collect the endpoints of one ServicePort, each address and port once, in the order of their printed names."""
+    found: dict[str, Candidate] = {}
+    for one in slices:
+        for number in [p.port for p in one.ports if p.name == port.name and p.protocol == port.protocol]:
+            for endpoint in one.endpoints:
+                text = address_text(one.family, int(endpoint.address))
+                name = f"[{text}]:{number}" if one.family == 6 else f"{text}:{number}"
+                if name in found and endpoint.terminating:
+                    continue  # while slices are rewritten an endpoint may be in two: the living entry counts
+                found[name] = _candidate(endpoint, name, number, node)
+    return [found[name] for name in sorted(found)]
+
+
+def _candidate(endpoint: Endpoint, name: str, port: int, node: str) -> Candidate:
+    local = endpoint.node == node != ""
+    return Candidate(
+        Backend(name, endpoint.address, port, local),
+        endpoint.ready,
+        endpoint.serving,
+        endpoint.terminating,
+        endpoint.zone_hints,
+        endpoint.node_hints,
+    )
+
+
+class ServiceCompiler:
+    """The compiled Services of one node, kept up to date change by change.
+
+    ``entries`` maps each Service to its entries after conflicts are settled. Whatever the order of changes, the result is
+    that of compiling the last snapshot afresh.
+    """
+
+    def __init__(self, node: NodeFacts) -> None:
+        self.node = node
+        self.entries: dict[Name, tuple[ServiceEntry, ...]] = {}
+        self._compiled: dict[Name, tuple[ServiceEntry, ...]] = {}
+        self._claims: dict[FrontendKey, tuple[Name, ...]] = {}
+        self._problems: dict[Name, tuple[str, ...]] = {}
+
+    def update(self, snapshot: Snapshot, names: Iterable[Name] | None) -> dict[Name, tuple[ServiceEntry, ...]]:
+        """Compile the Services in ``names`` again (None: all) and return those whose entries changed, as they were before."""
+        todo = set(self._compiled) | set(snapshot.services) if names is None else set(names)
+        unsettled: set[Name] = set()
+        for name in todo:
+            service = snapshot.services.get(name)
+            compiled = compile_service(service, snapshot.slices_of(name), self.node) if service else ()
+            before = self._compiled.get(name, ())
+            if compiled == before:
+                continue
+            if compiled:
+                self._compiled[name] = compiled
+            else:
+                del self._compiled[name]
+            unsettled.add(name)
+            lost, won = _claimed(before), _claimed(compiled)
+            if lost != won:
+                unsettled |= self._move_claims(name, lost, won)
+        changed = {}
+        for name in unsettled:
+            before = self.entries.get(name, ())
+            if self._settle(name):
+                changed[name] = before
+        return changed
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Frontends that lost against another Service, one line each, sorted by Service."""
+        return tuple(line for name in sorted(self._problems) for line in self._problems[name])
+
+    @property
+    def table(self) -> ServiceTable:
+        """The table as a value: a copy, so that it stays as it is."""
+        return ServiceTable(dict(self.entries), self.problems)
+
+    def _move_claims(self, name: Name, before: tuple[ServiceEntry, ...], after: tuple[ServiceEntry, ...]) -> set[Name]:
+        """Replace a Service's claims and return the others that win or lose a frontend by it."""
+        touched: set[Name] = set()
+        for key in before:
+            left = tuple([n for n in self._claims[key] if n != name])
+            touched.update(left)
+            if left:
+                self._claims[key] = left
+            else:
+                del self._claims[key]
+        for key in after:
+            held = self._claims.get(key, ())
+            touched.update(held)
+            self._claims[key] = tuple(sorted((*held, name))) if held else (name,)
+        return touched
+
+    def _settle(self, name: Name) -> bool:
+        """Take from a Service's entries the frontends it lost; return whether its entries differ from before."""
+        kept = []
+        problems = []
+        for entry in self._compiled.get(name, ()):
+            lost = [f for f in entry.frontends if self._claims[_key(entry, f)][0] != name]
+            problems += [_problem(entry, f, self._claims[_key(entry, f)][0]) for f in lost]
+            if lost:
+                left = tuple([f for f in entry.frontends if f not in lost])
+                entry = msgspec.structs.replace(entry, frontends=left)  # noqa: PLW2901
+            kept.append(entry)
+        if problems:
+            self._problems[name] = tuple(problems)
+        else:
+            self._problems.pop(name, None)
+        before = self.entries.pop(name, ())
+        if kept:
+            self.entries[name] = tuple(kept)
+        return before != tuple(kept)
+
+
+def compile_table(snapshot: Snapshot, node: NodeFacts) -> ServiceTable:
+    """Compile a whole snapshot."""
+    compiler = ServiceCompiler(node)
+    compiler.update(snapshot, None)
+    return compiler.table
+
+
+def _key(entry: ServiceEntry, frontend: Frontend) -> FrontendKey:
+    address = -1 if frontend.address is None else int(frontend.address)
+    return entry.family, address, entry.name.protocol, frontend.port
+
+
+def _claimed(entries: tuple[ServiceEntry, ...]) -> list[FrontendKey]:
+    """Return the frontends claimed by a Service, each once (a Service may repeat an address as ClusterIP and externalIP)."""
+    return list(dict.fromkeys(_key(e, f) for e in entries for f in e.frontends))
+
+
+_FIELDS = {
+    Kind.CLUSTER_IP: "spec.clusterIP",
+    Kind.EXTERNAL_IP: "spec.externalIPs",
+    Kind.LOAD_BALANCER: "status.loadBalancer.ingress",
+    Kind.NODE_PORT: "spec.ports[].nodePort",
+}
+
+
+def _problem(entry: ServiceEntry, frontend: Frontend, winner: Name) -> str:
+    loser = ObjectRef("Service", entry.name.namespace, entry.name.service)
+    value = frontend.port if frontend.address is None else f"{frontend.address} port {frontend.port}"
+    return f"{loser}: {_FIELDS[frontend.kind]}: {value}/{entry.name.protocol} is taken by {ObjectRef('Service', *winner)}"

@@ -1,0 +1,48 @@
+"""Chain names, computed exactly as kube-proxy computes them, so that people's greps and tools keep working.
+
+    KUBE-SVC-XPGD46QRK7WJZT7O   pool of a ServicePort, policy Cluster       hash of "ns/name:port" + "tcp"
+    KUBE-SVL-XPGD46QRK7WJZT7O   pool of a ServicePort, policy Local         same hash
+    KUBE-EXT-XPGD46QRK7WJZT7O   traffic from outside                        same hash
+    KUBE-FW-XPGD46QRK7WJZT7O    loadBalancerSourceRanges                    same hash
+    KUBE-SEP-SXIVWICOYRO3J4NJ   one endpoint                                hash of the same + "10.180.0.1:80"
+
+Sixteen characters of a hash, because iptables allows 28 for a chain name.
+Source: kubernetes pkg/proxy/iptables (facts; recomputed against its published examples in tests/unit).
+"""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+_PAIRS = [a + b for a in _ALPHABET for b in _ALPHABET]
+"""Base32 ten bits at a time: a first sync of a large cluster hashes tens of thousands of names."""
+
+
+def hash16(text: str) -> str:
+    """Return the first 16 characters of the RFC 4648 base32 form of ``text``'s SHA-256 (its first 80 bits)."""
+    bits = int.from_bytes(sha256(text.encode()).digest()[:10], "big")
+    pairs = _PAIRS
+    return (
+        pairs[bits >> 70]
+        + pairs[bits >> 60 & 1023]
+        + pairs[bits >> 50 & 1023]
+        + pairs[bits >> 40 & 1023]
+        + pairs[bits >> 30 & 1023]
+        + pairs[bits >> 20 & 1023]
+        + pairs[bits >> 10 & 1023]
+        + pairs[bits & 1023]
+    )
+
+
+def port_hash(service_port: str, protocol: str) -> str:
+    """Return the hash shared by a ServicePort's SVC, SVL, EXT and FW chains.
+
+    ``service_port`` is ``namespace/name:port`` (no colon for an unnamed port), ``protocol`` in lower case.
+    """
+    return hash16(service_port + protocol)
+
+
+def endpoint_chain(service_port: str, protocol: str, endpoint: str) -> str:
+    """Return the KUBE-SEP chain of one endpoint; ``endpoint`` is ``10.0.0.1:80`` or ``[fd00::1]:80``."""
+    return "KUBE-SEP-" + hash16(service_port + protocol + endpoint)

@@ -1,0 +1,212 @@
+"""What may happen to the first packet of a connection under a service table: slow, obvious, the same for every mode.
+
+The oracle walks meaning, not rules. It is the judge of every renderer, of the rule simulator and of the real kernel, so it
+shares no code with them beyond the table.
+
+    which frontends does the packet meet?      its exact address first, then, on one of the node's own, a NodePort
+    may this source use it?                     load balancer source ranges
+    which pool answers?                         traffic policy; pods and the node itself are never held to Local from outside
+    is the source replaced?                     masqueradeAll, from outside to a ClusterIP, policy Cluster, hairpin
+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+from ipaddress import ip_address
+
+import msgspec
+
+from clusterstate.objects import IPAddress
+from kernelstate.objects.address import Family, Prefix
+from proxy.settings import NodeFacts, ProxySettings, local_detector, node_port_scope
+from proxy.table import Backend, Frontend, Kind, OnEmpty, ServiceEntry, ServiceTable
+
+
+class Verdict(Enum):
+    """What becomes of the packet."""
+
+    DNAT = "dnat"
+    """Sent to a backend."""
+    REJECT = "reject"
+    DROP = "drop"
+    ACCEPT = "accept"
+    """Not translated, and let in by name: a health check port."""
+    PASS = "pass"  # noqa: S105
+    """No Service: nothing is done."""
+
+
+class Flow(msgspec.Struct, frozen=True):
+    """The first packet of a new connection, as this node meets it."""
+
+    source: IPAddress
+    destination: IPAddress
+    protocol: str
+    """TCP, UDP or SCTP."""
+    port: int
+    from_node: bool = False
+    """Sent by a process in the node's own network namespace."""
+    interface: str = ""
+    """The link it comes in through; empty if sent by the node or unknown."""
+
+
+class Outcome(msgspec.Struct, frozen=True, order=True):
+    """One thing that may happen. ``backend`` is ``ip:port`` for DNAT, else empty."""
+
+    verdict: str
+    backend: str = ""
+    masquerade: bool = False
+
+
+class Judgement(msgspec.Struct, frozen=True):
+    """Everything that may happen, and why, in sentences."""
+
+    outcomes: frozenset[Outcome]
+    because: tuple[str, ...]
+
+
+class Oracle:
+    """A service table with the settings and the node it is judged for."""
+
+    def __init__(
+        self, table: ServiceTable, settings: ProxySettings, node: NodeFacts, local_addresses: Iterable[IPAddress]
+    ) -> None:
+        self.settings, self.node = settings, node
+        self.local = frozenset(local_addresses)
+        self._by_address: dict[tuple[IPAddress | None, str, int], list[tuple[ServiceEntry, Frontend]]] = {}
+        self._health_ports: dict[tuple[int, int], ServiceEntry] = {}
+        for entry in table:
+            for frontend in entry.frontends:
+                key = (frontend.address, entry.name.protocol, frontend.port)
+                self._by_address.setdefault(key, []).append((entry, frontend))
+            if entry.health_check_node_port:
+                self._health_ports[entry.family, entry.health_check_node_port] = entry
+
+    def judge(self, flow: Flow) -> Judgement:
+        """Say everything that may happen to a flow."""
+        because: list[str] = []
+        for entry, frontend in self._met(flow, self._node_port_answers(flow)):
+            outcomes = self._translate(entry, frontend, flow, because)
+            if outcomes:
+                return Judgement(outcomes, tuple(because))
+        for entry, frontend in self._met(flow, self._node_port_refuses(flow)):
+            refusal = self._refusal(entry, frontend, flow, because)
+            if refusal:
+                return Judgement(frozenset({refusal}), tuple(because))
+        return Judgement(frozenset({self._untranslated(flow, because)}), tuple(because))
+
+    # -- which frontends ---------------------------------------------------------------------------------------------
+
+    def _met(self, flow: Flow, node_ports: bool) -> list[tuple[ServiceEntry, Frontend]]:
+        """Return the frontends of the flow's exact address, then, if they are to count, the NodePorts of its port."""
+        found = list(self._by_address.get((flow.destination, flow.protocol, flow.port), ()))
+        if node_ports:
+            by_port = self._by_address.get((None, flow.protocol, flow.port), ())
+            found += [(e, f) for e, f in by_port if e.family == flow.destination.version]
+        return found
+
+    def _node_port_answers(self, flow: Flow) -> bool:
+        destination = flow.destination
+        if destination.is_loopback and (destination.version == 6 or not self.settings.localhost_node_ports):
+            return False
+        scope = node_port_scope(self.settings, self.node, destination.version)
+        return scope.includes(destination, self._is_local(destination))
+
+    def _node_port_refuses(self, flow: Flow) -> bool:
+        """Whether an unanswered NodePort is refused here: on every own address, once NodePorts are open on any of them."""
+        scope = node_port_scope(self.settings, self.node, flow.destination.version)
+        return self._is_local(flow.destination) and (scope.everywhere or bool(scope.addresses))
+
+    def _is_local(self, address: IPAddress) -> bool:
+        return address in self.local or address.is_loopback
+
+    # -- translation -------------------------------------------------------------------------------------------------
+
+    def _translate(self, entry: ServiceEntry, frontend: Frontend, flow: Flow, because: list[str]) -> frozenset[Outcome]:
+        """Return the backends this frontend may send the flow to; empty if it sends it nowhere."""
+        because.append(f"{flow.destination}:{flow.port}/{flow.protocol} is a {frontend.kind.value} of {entry.name}")
+        if frontend.kind is Kind.CLUSTER_IP:
+            return self._to_cluster_ip(entry, flow, because)
+        if not self._source_allowed(entry, frontend, flow):
+            because.append(f"{flow.source} is outside loadBalancerSourceRanges")
+            return frozenset()
+        if not entry.external_local:
+            because.append("externalTrafficPolicy Cluster: every endpoint, source replaced by the node's")
+            return self._balance(entry, entry.cluster, flow, masquerade=True)
+        if self._is_pod(flow):
+            because.append("externalTrafficPolicy Local does not bind pods: every endpoint")
+            return self._balance(entry, entry.cluster, flow, masquerade=False)
+        if self._is_local(flow.source):
+            because.append("externalTrafficPolicy Local does not bind the node itself: every endpoint, source replaced")
+            return self._balance(entry, entry.cluster, flow, masquerade=True)
+        because.append("externalTrafficPolicy Local: endpoints on this node, source kept")
+        return self._balance(entry, entry.local, flow, masquerade=False)
+
+    def _to_cluster_ip(self, entry: ServiceEntry, flow: Flow, because: list[str]) -> frozenset[Outcome]:
+        detector = local_detector(self.settings, self.node, flow.destination.version)
+        outsider = detector is not None and not self._is_pod(flow)
+        if self.settings.masquerade_all:
+            because.append("masqueradeAll: source replaced")
+        elif outsider:
+            because.append("the source is not a pod: replaced, so that replies come back this way")
+        pool = entry.pool(Kind.CLUSTER_IP)
+        because.append("internalTrafficPolicy Local: endpoints on this node" if entry.internal_local else "every endpoint")
+        return self._balance(entry, pool, flow, masquerade=self.settings.masquerade_all or outsider)
+
+    def _balance(self, entry: ServiceEntry, pool: tuple[Backend, ...], flow: Flow, *, masquerade: bool) -> frozenset[Outcome]:
+        """One of the pool; a pod that meets itself is masqueraded, else it would see a packet from its own address."""
+        return frozenset(Outcome(Verdict.DNAT.value, b.name, masquerade or b.address == flow.source) for b in pool)
+
+    def _is_pod(self, flow: Flow) -> bool:
+        detector = local_detector(self.settings, self.node, flow.destination.version)
+        return detector is not None and detector.is_local(flow.source, flow.interface)
+
+    def _source_allowed(self, entry: ServiceEntry, frontend: Frontend, flow: Flow) -> bool:
+        """Apply the source ranges: they guard the load balancer's address only; the VIP is allowed where the node is."""
+        if frontend.kind is not Kind.LOAD_BALANCER or not entry.source_ranges:
+            return True
+        if any(flow.source in r for r in entry.source_ranges):
+            return True
+        vips = [f.address for f in entry.frontends if f.kind is Kind.LOAD_BALANCER]
+        return flow.source in vips and any(a in r for a in self.node.addresses for r in entry.source_ranges)
+
+    # -- nobody answers ----------------------------------------------------------------------------------------------
+
+    def _refusal(self, entry: ServiceEntry, frontend: Frontend, flow: Flow, because: list[str]) -> Outcome | None:
+        """Say what happens to a packet that met this frontend and was not translated; None: nothing here."""
+        if frontend.kind is Kind.LOAD_BALANCER and entry.source_ranges and entry.reachable:
+            because.append("dropped: not from an allowed source range")
+            return Outcome(Verdict.DROP.value)
+        if entry.pool(frontend.kind):
+            return None
+        if frontend.kind is not Kind.CLUSTER_IP and flow.from_node and not self._is_local(flow.destination):
+            because.append("sent by the node to an address elsewhere: refusals are for what arrives here")
+            return None
+        if frontend.kind is Kind.CLUSTER_IP and self._is_local(flow.destination) and not flow.from_node:
+            return None
+        if entry.on_empty is OnEmpty.REJECT:
+            because.append("no endpoint anywhere: rejected")
+            return Outcome(Verdict.REJECT.value)
+        because.append("endpoints exist, none on this node, and the policy is Local: dropped")
+        return Outcome(Verdict.DROP.value)
+
+    def _untranslated(self, flow: Flow, because: list[str]) -> Outcome:
+        family: Family = flow.destination.version
+        localnet = Prefix.parse("127.0.0.0/8")
+        if self.settings.localhost_node_ports and localnet.contains(flow.destination) and not localnet.contains(flow.source):
+            because.append("127.0.0.0/8 is closed to everything but loopback")
+            return Outcome(Verdict.DROP.value)
+        health = self._health_ports.get((family, flow.port))
+        if health is not None and flow.protocol == "TCP" and self._is_local(flow.destination):
+            because.append(f"health check port of {health.name}: let in")
+            return Outcome(Verdict.ACCEPT.value)
+        if not because:
+            because.append(f"no Service has {flow.destination}:{flow.port}/{flow.protocol}")
+        return Outcome(Verdict.PASS.value)
+
+
+def parse_backend(name: str) -> tuple[IPAddress, int]:
+    """Split a backend's printed name into address and port."""
+    address, _, port = name.rpartition(":")
+    return ip_address(address.strip("[]")), int(port)

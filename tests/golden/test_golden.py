@@ -1,0 +1,48 @@
+"""Golden scenarios: a cluster goes in, native text comes out; the diff of a golden file is the review.
+
+Each folder holds ``cluster.yaml``, sometimes ``config.yaml``, and what ``nodeplane render`` prints for node n1:
+``iptables.txt`` (both families where there are two) and, with an overlay in the configuration, ``overlay.txt``.
+``make golden`` writes them again.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nodeplane.__main__ import main
+
+HERE = Path(__file__).parent
+SCENARIOS = sorted(p.parent.name for p in HERE.glob("*/cluster.yaml"))
+PARTS = {"iptables.txt": "services", "overlay.txt": "overlay"}
+WRITE = os.environ.get("GOLDEN") == "write"
+
+
+def expected_files(folder):
+    """Return what a scenario must hold."""
+    config = folder / "config.yaml"
+    has_overlay = config.exists() and "overlay:" in config.read_text()
+    return ["iptables.txt", "overlay.txt"] if has_overlay else ["iptables.txt"]
+
+
+CASES = [(s, f) for s in SCENARIOS for f in expected_files(HERE / s)]
+
+
+@pytest.mark.parametrize(("scenario", "name"), CASES, ids=[f"{s}-{f}" for s, f in CASES])
+def test_golden(scenario, name, capsys):
+    """Rendering the scenario gives exactly the golden text."""
+    folder = HERE / scenario
+    arguments = ["render", "--objects", str(folder / "cluster.yaml"), "--node", "n1", "--part", PARTS[name]]
+    if (folder / "config.yaml").exists():
+        arguments += ["--config", str(folder / "config.yaml")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    if WRITE:
+        (folder / name).write_text(printed)
+    assert printed == (folder / name).read_text()
+
+
+def test_every_golden_file_is_checked():
+    """No golden file lies around that nothing compares."""
+    found = {(p.parent.name, p.name) for p in HERE.glob("*/*.txt")}
+    assert found == set(CASES)
