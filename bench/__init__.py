@@ -1,1 +1,1 @@
-"""Benchmarks: what a change, a first sync and a packet cost."""
+"""Measurements of nodeplane; ``run.py`` begins, README.md explains each."""

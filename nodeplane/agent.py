@@ -21,6 +21,7 @@ from typing import Never, Protocol
 
 import msgspec
 
+from clusterstate.objects import Node
 from clusterstate.snapshot import Update
 from kernelstate.errors import KernelStateError
 from kernelstate.ports import ConntrackPort, Reconciler, SyncReport
@@ -58,8 +59,8 @@ class Source(Protocol):
 class Host(Protocol):
     """What the agent asks of the machine besides its reconcilers."""
 
-    def facts(self) -> HostFacts:
-        """Return addresses and uplink as they are now."""
+    def facts(self, node: Node | None) -> HostFacts:
+        """Return addresses and uplink as they are now; ``node`` helps to tell which link is the uplink."""
 
     def prepare(self, desired: Desired) -> Sequence[str]:
         """Set the sysctls and write the files that the desired state relies on; return what failed, one line each."""
@@ -76,6 +77,7 @@ class Agent:
 
     def __init__(
         self,
+        *,
         pipeline: Pipeline,
         source: Source,
         host: Host,
@@ -84,10 +86,13 @@ class Agent:
         conntrack: ConntrackPort | None,
         publish: Callable[[Status], None],
         status: Status,
+        watched: Sequence[int] = (),
     ) -> None:
         self.pipeline, self.source, self.host = pipeline, source, host
         self.netfilter, self.links, self.conntrack = netfilter, links, conntrack
         self.publish, self.status = publish, status
+        self.watched = tuple(watched)
+        """Descriptors that become readable when a reconciler may have drifted."""
         self.desired: Desired | None = None
         self._update: Update | None = None
         self._facts = HostFacts()
@@ -107,8 +112,9 @@ class Agent:
     def start(self) -> None:
         """Load the first snapshot and bring the kernel to it. The collector waits: the first sync makes no garbage cycles."""
         gc.disable()
-        self._facts = self.host.facts()
-        self.take(self.source.load())
+        update = self.source.load()
+        self._facts = self.host.facts(self._node(update))
+        self.take(update)
         self.sync()
         gc.collect()
         gc.freeze()
@@ -162,7 +168,7 @@ class Agent:
         """Go on until ``stop`` says so; ``wake`` is a descriptor that becomes readable when it should be asked."""
         poller = select.poll()
         source, host = self.source.fileno(), self.host.fileno()
-        for descriptor in (source, host, wake):
+        for descriptor in (source, host, wake, *self.watched):
             poller.register(descriptor, select.POLLIN)
         waiting = False
         while not stop():
@@ -182,19 +188,22 @@ class Agent:
 
     def _round(self, update: Update | None, host_changed: bool) -> None:
         """Take in what is new and sync if anything is due."""
-        due = update is not None or self._is_due()
-        if host_changed:
-            facts = self.host.facts()
-            due = True
+        due = update is not None or host_changed or self._is_due()
+        newest = update or self._update
+        assert newest is not None
+        if host_changed or (update is not None and self._node(update) != self._node(self._update)):
+            facts = self.host.facts(self._node(newest))
             if facts != self._facts:
                 self._facts = facts
-                assert self._update is not None
                 nothing: frozenset[Never] = frozenset()
-                update = update or msgspec.structs.replace(self._update, changed=nothing, service_changed=nothing)
+                update = update or msgspec.structs.replace(newest, changed=nothing, service_changed=nothing)
         if update is not None:
             self.take(update)
         if due:
             self.sync()
+
+    def _node(self, update: Update | None) -> Node | None:
+        return update.snapshot.nodes.get(self.pipeline.config.node_name) if update else None
 
     def _newest(self) -> Update | None:
         """Return the newest snapshot, a burst of changes taken together."""
@@ -265,6 +274,8 @@ def _peers(desired: Desired) -> tuple[PeerStatus, ...]:
     if desired.peers is None:
         return ()
     return tuple(
-        PeerStatus(p.node, tuple(map(str, p.pod_cidrs)), ", ".join(map(str, p.public_ips)), p.reach.value)
+        PeerStatus(
+            p.node, tuple(map(str, p.pod_cidrs)), ", ".join(map(str, p.public_ips)), p.ways[0].reach.value, p.ways[0].why
+        )
         for p in desired.peers.peers
     )

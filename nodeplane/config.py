@@ -23,9 +23,9 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 import yaml
-from overlay.netconf import NetConf, NetConfError, parse_net_conf
 
 from kernelstate.objects.address import Prefix
+from overlay.netconf import NetConf, NetConfError, parse_net_conf
 from proxy.settings import ProxySettings
 
 MODES = ("iptables",)
@@ -104,8 +104,32 @@ class ServicesSection(_Strict, frozen=True):
     windows_run_as_service: bool | None = None
 
 
-_UNUSED = ["feature_gates", "client_connection", "logging", "bind_address", "healthz_bind_address", "metrics_bind_address", "bind_address_hard_fail", "enable_profiling", "show_hidden_metrics_for_version", "ipvs", "nftables", "winkernel", "oom_score_adj", "config_sync_period", "port_range", "windows_run_as_service"]
-_UNUSED_CONNTRACK = ["max_per_core", "min", "tcp_established_timeout", "tcp_close_wait_timeout", "udp_timeout", "udp_stream_timeout"]
+_UNUSED = [
+    "feature_gates",
+    "client_connection",
+    "logging",
+    "bind_address",
+    "healthz_bind_address",
+    "metrics_bind_address",
+    "bind_address_hard_fail",
+    "enable_profiling",
+    "show_hidden_metrics_for_version",
+    "ipvs",
+    "nftables",
+    "winkernel",
+    "oom_score_adj",
+    "config_sync_period",
+    "port_range",
+    "windows_run_as_service",
+]
+_UNUSED_CONNTRACK = [
+    "max_per_core",
+    "min",
+    "tcp_established_timeout",
+    "tcp_close_wait_timeout",
+    "udp_timeout",
+    "udp_stream_timeout",
+]
 
 
 class OverlayOptions(msgspec.Struct, frozen=True):

@@ -9,12 +9,12 @@ import signal
 import time
 from types import FrameType
 
-from kernelstate.linux.links import LinuxLinks
-
-from clusterstate.sources.files import FileSource, SourceError
+from clusterstate.sources.files import FileSource
+from clusterstate.sources.tree import SourceError
 from kernelstate.errors import KernelStateError
-from kernelstate.linux.conntrack import LinuxConntrack
+from kernelstate.linux.conntrack import Conntrack
 from kernelstate.linux.iptables import IptablesPort, choose_variant
+from kernelstate.linux.links import LinuxLinks
 from kernelstate.reconcile import NetfilterReconciler
 from kernelstate.reconcile_links import LinkReconciler
 from nodeplane.agent import Agent
@@ -68,6 +68,9 @@ def build_agent(config: NodeConfig, source: FileSource) -> Agent:
         variant, reason = choose_variant()
     log.info("node %s: Services in %s through iptables-%s (%s)", config.node_name, config.mode, variant, reason)
     overlay = config.overlay
+    for note in overlay.net_conf.notes if overlay else ():
+        log.info("overlay.%s", note)
+    ports = [LinuxLinks()] if overlay else []
     status = Status(
         pid=os.getpid(),
         node=config.node_name,
@@ -82,8 +85,9 @@ def build_agent(config: NodeConfig, source: FileSource) -> Agent:
         source=source,
         host=LinuxHost(config),
         netfilter=NetfilterReconciler(IptablesPort(variant), OWNERSHIP),
-        links=LinkReconciler(LinuxLinks()) if overlay else None,
-        conntrack=LinuxConntrack(),
+        links=LinkReconciler(ports[0]) if ports else None,
+        conntrack=Conntrack(),
         publish=write_status,
         status=status,
+        watched=[port.fileno() for port in ports],
     )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from overlay.oracle import path_of
 
 from clusterstate.objects import IPAddress
 from kernelstate.objects.address import Prefix
@@ -23,6 +22,7 @@ from kernelstate.simulate import Packet, Simulator
 from kernelstate.simulate import Path as WalkedPath
 from nodeplane.commands import Failed, Usage
 from nodeplane.objects_input import NodeView, read_view
+from overlay.oracle import path_of
 from proxy.oracle import Flow, Judgement, Oracle, Outcome, parse_backend
 from proxy.render.iptables import NODE_PORTS
 
@@ -88,6 +88,7 @@ class Explainer:
             "policy": self._policy(),
             "path": paths[0],
             "paths": dict(zip(endpoints, paths, strict=False)),
+            "masqueraded": sorted(o.backend for o in judgement.outcomes if o.masquerade),
             "agree": simulated == judgement.outcomes,
             "steps": _steps(judgement, walked, simulated),
         }
@@ -117,6 +118,8 @@ class Explainer:
         for node in self.view.snapshot.nodes.values():
             if any(destination == a.ip for a in node.addresses):
                 return {"kind": "node", "peer": node.name}
+            if any(destination in c for c in node.pod_cidrs):
+                return {"kind": "external", "peer": node.name}  # whoever routes between the nodes, it is not us
         return {"kind": "external", "peer": None}
 
     def _policy(self) -> dict[str, Any]:
@@ -259,9 +262,8 @@ def _text(question: Question, answer: dict[str, Any], node: str) -> list[str]:
             lines.append(f"  goes to one of {len(service['endpoints'])} endpoints:")
             for endpoint in service["endpoints"]:
                 way = answer["paths"][endpoint]
-                lines.append(f"    {endpoint}  {way['kind']}{' to ' + way['peer'] if way['peer'] else ''}")
-            source = "replaced by the node's (masquerade)" if service["masquerade"] else "kept"
-            lines.append(f"  source address: {source}")
+                source = "source replaced" if endpoint in answer["masqueraded"] else "source kept"
+                lines.append(f"    {endpoint}  {way['kind']}{' to ' + way['peer'] if way['peer'] else ''}, {source}")
         case "pass":
             lines.append(f"  no Service: {path['kind']}{' to ' + path['peer'] if path['peer'] else ''}")
         case verdict:

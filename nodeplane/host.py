@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from ipaddress import ip_address
 from pathlib import Path
 
-from kernelstate.linux.link_events import LinkEvents
-from kernelstate.linux.links import uplink_facts
-from overlay.subnet_env import print_subnet_env
-
-from clusterstate.objects import IPAddress
+from clusterstate.objects import Node
 from kernelstate.errors import KernelStateError
-from kernelstate.linux.addresses import local_addresses
-from kernelstate.linux.sysctl import write_sysctl
-from kernelstate.objects.address import Prefix
+from kernelstate.linux import sysctl
+from kernelstate.linux.addresses import Addresses
+from kernelstate.linux.link_events import LinkEvents
+from kernelstate.linux.uplink import uplink_facts
 from nodeplane.config import NodeConfig
 from nodeplane.pipeline import Desired, HostFacts
+from overlay.subnet_env import print_subnet_env
 
 
 class LinuxHost:
     """The current network namespace."""
 
-    def __init__(self, config: NodeConfig, node_addresses: Sequence[IPAddress]) -> None:
+    def __init__(self, config: NodeConfig) -> None:
         self.config = config
-        self.node_addresses = tuple(node_addresses)
         self.events = LinkEvents()
 
-    def facts(self) -> HostFacts:
+    def facts(self, node: Node | None) -> HostFacts:
         """Return addresses and uplink as they are now; loopback's own are left out."""
-        own = tuple(sorted({p for link, p in local_addresses() if link != "lo"}))
+        own = tuple(sorted({p for link, p in Addresses().local_addresses() if link != "lo"}))
         uplink = None
         if self.config.overlay is not None:
-            uplink = uplink_facts(self.config.overlay.iface, self.node_addresses)
+            uplink = uplink_facts(self.config.overlay.iface, [a.ip for a in node.addresses] if node else [])
         return HostFacts(local_addresses=own, uplink=uplink)
 
     def fileno(self) -> int:
@@ -49,7 +45,7 @@ class LinuxHost:
         errors = []
         for name, value in self._sysctls(desired):
             try:
-                write_sysctl(name, value)
+                sysctl.write(name, value)
             except KernelStateError as error:
                 errors.append(str(error))
         overlay = self.config.overlay
@@ -71,11 +67,6 @@ class LinuxHost:
         if services is not None and services.localhost_node_ports and 4 in desired.families:
             wanted.append(("net/ipv4/conf/all/route_localnet", "1"))
         return wanted
-
-
-def node_addresses_of(prefixes: Sequence[Prefix]) -> tuple[IPAddress, ...]:
-    """Return host prefixes as addresses."""
-    return tuple(ip_address(p.address_text) for p in prefixes)
 
 
 def _replace(path: Path, text: str) -> None:

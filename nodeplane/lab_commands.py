@@ -74,9 +74,8 @@ def _timeout(parser: argparse.ArgumentParser) -> None:
 
 def _checked(function: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command; what goes wrong in the lab becomes an exit code."""
-    from netnslab.errors import LabError, LabInputError  # noqa: PLC0415
-
     from kernelstate.errors import KernelStateError  # noqa: PLC0415  (with the lab's modules, only when one runs)
+    from netnslab.errors import LabError, LabInputError  # noqa: PLC0415
 
     if os.geteuid() != 0:
         raise Failed("a lab makes network namespaces, which needs root")

@@ -7,15 +7,16 @@ import sys
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 
 import msgspec
-from overlay.table import Uplink
 
 from clusterstate.objects import IPAddress
 from clusterstate.snapshot import Snapshot, Update
-from clusterstate.sources.files import SourceError, load_objects
+from clusterstate.sources.files import load_objects
+from clusterstate.sources.tree import SourceError
 from kernelstate.objects.address import Prefix
 from nodeplane.commands import Usage
 from nodeplane.config import ConfigError, NodeConfig, default_config, load_config
 from nodeplane.pipeline import Desired, HostFacts, Pipeline
+from overlay.table import Uplink
 
 
 class NodeView(msgspec.Struct, frozen=True):
@@ -40,8 +41,8 @@ def read_view(args: argparse.Namespace) -> NodeView:
         snapshot, errors = load_objects(args.objects)
     except (ConfigError, SourceError) as error:
         raise Usage(str(error)) from error
-    for error in errors:
-        print(f"nodeplane: left out: {error}", file=sys.stderr)
+    for fault in errors:
+        print(f"nodeplane: {'' if fault.kept else 'left out: '}{fault}", file=sys.stderr)
     if config.node_name not in snapshot.nodes and snapshot.nodes:
         names = ", ".join(sorted(snapshot.nodes))
         raise Usage(f"--node {config.node_name}: no such Node among the objects; there are {names}")
@@ -65,9 +66,7 @@ def _facts(config: NodeConfig, snapshot: Snapshot, stated: list[str]) -> HostFac
     return HostFacts(local_addresses=tuple(addresses), uplink=_uplink(config, own, interfaces))
 
 
-def _uplink(
-    config: NodeConfig, own: list[IPAddress], stated: list[IPv4Interface | IPv6Interface]
-) -> Uplink | None:
+def _uplink(config: NodeConfig, own: list[IPAddress], stated: list[IPv4Interface | IPv6Interface]) -> Uplink | None:
     """Stand in for the node's link to the others.
 
     A length stated with ``--local-address`` says how far the segment reaches; without one every node is taken to be on it.

@@ -14,11 +14,6 @@ from collections import Counter
 from collections.abc import Callable
 
 import msgspec
-from overlay.compile import compile_peers
-from overlay.render.hostgw import render_hostgw
-from overlay.render.masquerade import render_masquerade
-from overlay.render.vxlan import render_vxlan
-from overlay.table import PeerTable, Uplink
 
 from clusterstate.objects import Node
 from clusterstate.snapshot import Name, Snapshot, Update
@@ -27,6 +22,12 @@ from kernelstate.objects.links import LinkState
 from kernelstate.objects.netfilter import Anchor, ChainKey, Rule, Ruleset
 from kernelstate.ownership import Ownership
 from nodeplane.config import NodeConfig, OverlayOptions
+from overlay.compile import compile_peers
+from overlay.render.hostgw import render_hostgw
+from overlay.render.masquerade import CHAIN_NAMES as OVERLAY_CHAINS
+from overlay.render.masquerade import render_masquerade
+from overlay.render.vxlan import render_vxlan
+from overlay.table import PeerTable, Uplink
 from proxy.compile import ServiceCompiler
 from proxy.conntrack import StaleFlows
 from proxy.render.iptables_program import CHAIN_NAMES, CHAIN_PREFIXES, IptablesProgram
@@ -34,7 +35,7 @@ from proxy.settings import NodeFacts, ProxySettings
 from proxy.table import ServiceEntry
 
 OWNERSHIP = Ownership(
-    names=frozenset((*CHAIN_NAMES, "FLANNEL-POSTRTG", "FLANNEL-FWD")),
+    names=frozenset((*CHAIN_NAMES, *OVERLAY_CHAINS)),
     prefixes=CHAIN_PREFIXES,
 )
 """Which chains of the packet filter are ours."""
@@ -161,6 +162,7 @@ class Pipeline:
         self._masquerade = render_masquerade(
             self.peers,
             ip_masq=options.ip_masq,
+            random_fully=self.settings.random_fully if self.settings else True,
             forward_rules=options.forward_rules,
             never_masquerade=options.no_masquerade,
         )
@@ -211,7 +213,4 @@ def node_facts(name: str, node: Node | None, facts: HostFacts) -> NodeFacts:
 
 
 def _overlay_families(options: OverlayOptions | None) -> tuple[Family, ...]:
-    if options is None:
-        return ()
-    conf = options.net_conf
-    return tuple(family for family, network in ((4, conf.network), (6, conf.ipv6_network)) if network is not None)  # type: ignore[misc]
+    return options.net_conf.families if options else ()  # type: ignore[return-value]

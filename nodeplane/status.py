@@ -26,6 +26,7 @@ class PeerStatus(msgspec.Struct, frozen=True):
     pod_cidrs: tuple[str, ...]
     public_ip: str
     reach: str
+    why: str
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -114,7 +115,7 @@ def status_lines(status: Status, *, running: bool) -> list[str]:
     ]
     if status.overlay:
         lines.append(f"overlay   {status.overlay}, {len(status.peers)} peers")
-        lines += [f"          {p.node}: {', '.join(p.pod_cidrs)} through {p.public_ip}, {p.reach}" for p in status.peers]
+        lines += [f"          {p.node}: {', '.join(p.pod_cidrs)} at {p.public_ip}, {p.reach} ({p.why})" for p in status.peers]
     for title, items in (
         ("pending", status.pending),
         ("errors", status.errors),

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from clusterstate.objects import Endpoint, EndpointSlice, ObjectRef, Service, ServicePort
+from clusterstate.objects import EndpointSlice, ObjectRef, Service, ServicePort
 from clusterstate.snapshot import Name, Snapshot
 from kernelstate.objects.address import Family, address_text
 from proxy.eligibility import Candidate, eligible_backends
@@ -75,7 +75,7 @@ def _compile_port(
         affinity_seconds=service.affinity_seconds,
         source_ranges=tuple([r for r in service.source_ranges if r.version == family]),
         health_check_node_port=service.health_check_node_port if has_health_check else 0,
-        serving=tuple([c.backend for c in candidates if c.serving]) if port.protocol == "UDP" else (),
+        serving=tuple([c.backend for c in candidates if c.endpoint.serving]) if port.protocol == "UDP" else (),
     )
 
 
@@ -97,26 +97,15 @@ def _candidates(slices: list[EndpointSlice], port: ServicePort, node: str) -> li
     """Collect the endpoints of one ServicePort, each address and port once, in the order of their printed names."""
     found: dict[str, Candidate] = {}
     for one in slices:
+        pattern = "[{}]:{}" if one.family == 6 else "{}:{}"
         for number in [p.port for p in one.ports if p.name == port.name and p.protocol == port.protocol]:
             for endpoint in one.endpoints:
-                text = address_text(one.family, int(endpoint.address))
-                name = f"[{text}]:{number}" if one.family == 6 else f"{text}:{number}"
-                if name in found and endpoint.terminating:
+                name = pattern.format(address_text(one.family, int(endpoint.address)), number)
+                if endpoint.terminating and name in found:
                     continue  # while slices are rewritten an endpoint may be in two: the living entry counts
-                found[name] = _candidate(endpoint, name, number, node)
+                local = endpoint.node == node != ""
+                found[name] = Candidate(Backend(name, endpoint.address, number, local), endpoint)
     return [found[name] for name in sorted(found)]
-
-
-def _candidate(endpoint: Endpoint, name: str, port: int, node: str) -> Candidate:
-    local = endpoint.node == node != ""
-    return Candidate(
-        Backend(name, endpoint.address, port, local),
-        endpoint.ready,
-        endpoint.serving,
-        endpoint.terminating,
-        endpoint.zone_hints,
-        endpoint.node_hints,
-    )
 
 
 class ServiceCompiler:
@@ -131,6 +120,7 @@ class ServiceCompiler:
         self.entries: dict[Name, tuple[ServiceEntry, ...]] = {}
         self._compiled: dict[Name, tuple[ServiceEntry, ...]] = {}
         self._claims: dict[FrontendKey, tuple[Name, ...]] = {}
+        self._contested: set[FrontendKey] = set()
         self._problems: dict[Name, tuple[str, ...]] = {}
 
     def update(self, snapshot: Snapshot, names: Iterable[Name] | None) -> dict[Name, tuple[ServiceEntry, ...]]:
@@ -148,7 +138,7 @@ class ServiceCompiler:
             else:
                 del self._compiled[name]
             unsettled.add(name)
-            lost, won = _claimed(before), _claimed(compiled)
+            lost, won = _claimed(before) if before else [], _claimed(compiled)
             if lost != won:
                 unsettled |= self._move_claims(name, lost, won)
         changed = {}
@@ -168,41 +158,47 @@ class ServiceCompiler:
         """The table as a value: a copy, so that it stays as it is."""
         return ServiceTable(dict(self.entries), self.problems)
 
-    def _move_claims(self, name: Name, before: tuple[ServiceEntry, ...], after: tuple[ServiceEntry, ...]) -> set[Name]:
+    def _move_claims(self, name: Name, before: list[FrontendKey], after: list[FrontendKey]) -> set[Name]:
         """Replace a Service's claims and return the others that win or lose a frontend by it."""
         touched: set[Name] = set()
         for key in before:
-            left = tuple([n for n in self._claims[key] if n != name])
-            touched.update(left)
+            left = tuple([n for n in self._claims.pop(key) if n != name])
             if left:
+                touched.update(left)
                 self._claims[key] = left
-            else:
-                del self._claims[key]
+            if len(left) < 2:
+                self._contested.discard(key)
         for key in after:
-            held = self._claims.get(key, ())
-            touched.update(held)
-            self._claims[key] = tuple(sorted((*held, name))) if held else (name,)
+            held = self._claims.get(key)
+            if held is None:
+                self._claims[key] = (name,)
+            else:
+                touched.update(held)
+                self._claims[key] = tuple(sorted((*held, name)))
+                self._contested.add(key)
         return touched
 
     def _settle(self, name: Name) -> bool:
         """Take from a Service's entries the frontends it lost; return whether its entries differ from before."""
-        kept = []
-        problems = []
-        for entry in self._compiled.get(name, ()):
+        entries = self._compiled.get(name, ())
+        self._problems.pop(name, None)
+        if self._contested:
+            entries = self._without_lost(name, entries)
+        before = self.entries.pop(name, ())
+        if entries:
+            self.entries[name] = entries
+        return before != entries
+
+    def _without_lost(self, name: Name, entries: tuple[ServiceEntry, ...]) -> tuple[ServiceEntry, ...]:
+        kept, problems = [], []
+        for entry in entries:
             lost = [f for f in entry.frontends if self._claims[_key(entry, f)][0] != name]
             problems += [_problem(entry, f, self._claims[_key(entry, f)][0]) for f in lost]
-            if lost:
-                left = tuple([f for f in entry.frontends if f not in lost])
-                entry = msgspec.structs.replace(entry, frontends=left)  # noqa: PLW2901
-            kept.append(entry)
+            left = tuple([f for f in entry.frontends if f not in lost])
+            kept.append(msgspec.structs.replace(entry, frontends=left) if lost else entry)
         if problems:
             self._problems[name] = tuple(problems)
-        else:
-            self._problems.pop(name, None)
-        before = self.entries.pop(name, ())
-        if kept:
-            self.entries[name] = tuple(kept)
-        return before != tuple(kept)
+        return tuple(kept)
 
 
 def compile_table(snapshot: Snapshot, node: NodeFacts) -> ServiceTable:

@@ -14,18 +14,15 @@ from collections.abc import Sequence
 
 import msgspec
 
+from clusterstate.objects import Endpoint
 from proxy.table import Backend
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
-    """An endpoint with everything that decides whether it is used."""
+    """A backend, and the endpoint whose conditions and hints decide whether it is used."""
 
     backend: Backend
-    ready: bool
-    serving: bool
-    terminating: bool
-    zone_hints: frozenset[str]
-    node_hints: frozenset[str]
+    endpoint: Endpoint
 
 
 class Eligible(msgspec.Struct, frozen=True, gc=False):
@@ -40,8 +37,8 @@ def eligible_backends(
     candidates: Sequence[Candidate], *, node: str, zone: str, uses_cluster: bool, uses_local: bool
 ) -> Eligible:
     """Sort candidates into pools. The order of ``candidates`` is kept."""
-    ready = [c for c in candidates if c.ready]
-    fallback = [c for c in candidates if c.terminating and c.serving]
+    ready = [c for c in candidates if c.endpoint.ready]
+    fallback = [c for c in candidates if c.endpoint.terminating and c.endpoint.serving]
     cluster: list[Candidate] = []
     if uses_cluster:
         cluster = _in_topology(ready, node, zone) or fallback
@@ -57,12 +54,12 @@ def eligible_backends(
 
 def _in_topology(ready: list[Candidate], node: str, zone: str) -> list[Candidate]:
     """Keep the endpoints hinted for this node, else for its zone; hints count only if every ready endpoint has them."""
-    if all(c.node_hints for c in ready):
-        same_node = [c for c in ready if node in c.node_hints]
+    if all(c.endpoint.node_hints for c in ready):
+        same_node = [c for c in ready if node in c.endpoint.node_hints]
         if same_node:
             return same_node
-    if zone and all(c.zone_hints for c in ready):
-        same_zone = [c for c in ready if zone in c.zone_hints]
+    if zone and all(c.endpoint.zone_hints for c in ready):
+        same_zone = [c for c in ready if zone in c.endpoint.zone_hints]
         if same_zone:
             return same_zone
     return ready

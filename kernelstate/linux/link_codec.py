@@ -122,7 +122,9 @@ def route_request(route: Route, index: int, *, delete: bool) -> Request:
 
 def neigh_request(neigh: Neigh, index: int, *, delete: bool) -> Request:
     """Replace or delete a permanent neighbour."""
-    body = NDMSG.pack(AF[neigh.address.version], index, NUD_PERMANENT, 0, RTN_UNICAST) + attribute(NDA_DST, neigh.address.packed)
+    body = NDMSG.pack(AF[neigh.address.version], index, NUD_PERMANENT, 0, RTN_UNICAST) + attribute(
+        NDA_DST, neigh.address.packed
+    )
     if delete:
         return Request(RTM_DELNEIGH, 0, body)
     return Request(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body + attribute(NDA_LLADDR, mac_bytes(neigh.mac)))

@@ -17,7 +17,18 @@ from kernelstate.linux import link_codec as codec
 from kernelstate.linux.link_events import ALL_GROUPS, EventSocket
 from kernelstate.linux.rtnetlink import Answer, Message, Request, RouteSocket, number
 from kernelstate.linux.uplink import uplink_facts
-from kernelstate.objects.links import ALIAS, MAIN_TABLE, ROUTE_PROTOCOL, Address, FdbEntry, Link, LinkObject, LinkState, Neigh, Route
+from kernelstate.objects.links import (
+    ALIAS,
+    MAIN_TABLE,
+    ROUTE_PROTOCOL,
+    Address,
+    FdbEntry,
+    Link,
+    LinkObject,
+    LinkState,
+    Neigh,
+    Route,
+)
 from kernelstate.reconcile_links import LinkEvent
 
 __all__ = ["LinuxLinks", "uplink_facts"]

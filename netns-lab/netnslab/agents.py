@@ -70,7 +70,7 @@ def _start(state: LabState, node: str) -> subprocess.Popen[bytes]:
     directory = state.node_dir(node)
     write_file(directory / "run/config.yaml", msgspec.json.format(msgspec.json.encode(node_config(state.topology, node))))
     with (directory / "agent.log").open("ab") as log:
-        return mounts.popen(
+        process = mounts.popen(
             state.node_netns(node),
             node_view(state, node),
             [sys.executable, "-m", "nodeplane", "agent", "--config", CONFIG, "--objects", OBJECTS],
@@ -81,6 +81,7 @@ def _start(state: LabState, node: str) -> subprocess.Popen[bytes]:
             cwd="/",
             env={**os.environ, "PATH": path_with_program()},
         )
+    return processes.let_run(process)
 
 
 def path_with_program() -> str:

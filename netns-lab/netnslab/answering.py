@@ -65,7 +65,7 @@ def _start(state: LabState, node: str) -> subprocess.Popen[bytes]:
             cwd="/",
         )
     _remember(state, process.pid, f"responder of {node}")
-    return process
+    return processes.let_run(process)
 
 
 def _await_ready(state: LabState, node: str, process: subprocess.Popen[bytes]) -> None:
@@ -121,7 +121,7 @@ def start_commands(state: LabState, pods: Iterable[LabPod]) -> list[str]:
             except OSError as error:
                 errors.append(f"Pod {pod.key}: command {pod.command[0]!r}: {error.strerror}")
                 continue
-        _remember(state, process.pid, f"pod {pod.key}")
+        _remember(state, processes.let_run(process).pid, f"pod {pod.key}")
     state.save()
     return errors
 

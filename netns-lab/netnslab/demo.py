@@ -17,6 +17,7 @@ from typing import Any
 from clusterstate.objects import ObjectRef
 from kernelstate.linux import netns
 from netnslab import agents, lab, look, plan, probe
+from netnslab import state as states
 from netnslab.errors import LabError
 from netnslab.state import LabState
 
@@ -128,7 +129,7 @@ class Demo:
         try:
             started = time.monotonic()
             lab.delete(self.state.name, [ObjectRef("Pod", "default", "hostnames-5")])
-            self.state = lab.states.load(self.state.name)
+            self.state = states.load(self.state.name)
             agents.await_sync(self.state, lab.SYNC_SECONDS)
             took = time.monotonic() - started
         finally:

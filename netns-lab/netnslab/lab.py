@@ -38,7 +38,7 @@ def up(name: str, topology: Topology, given: Given, say: Say, *, timeout: float 
     for node in topology.nodes:
         agents.node_config(topology, node.name)
     state = LabState(names.check_lab_name(name), topology, list(given.values()))
-    objects = _plan(state, given, Memory())
+    objects = plan_pods(state, given)
     taken = sorted(set(state.all_netns()) & set(netns.names()))
     if taken:
         raise LabError(f"network namespace {taken[0]} exists already and is not this lab's")
@@ -162,7 +162,7 @@ def _without(memory: Memory, revived: list[str]) -> Memory:
 def _put_into_effect(state: LabState, given: Given, memory: Memory, change: Change) -> None:
     before, unfinished = {p.key: p for p in state.pods}, set(state.unfinished)
     state.given = list(given.values())
-    objects = _plan(state, given, memory)
+    objects = plan_pods(state, given, memory)
     wanted = list(state.pods)
     after = {p.key: p for p in wanted}
     gone = [p for key, p in before.items() if key not in after or key in unfinished or _is_another(p, after[key])]
@@ -199,9 +199,9 @@ def remove_pods(state: LabState, pods: Iterable[LabPod]) -> None:
 # -- plans and objects -----------------------------------------------------------------------------------------------
 
 
-def _plan(state: LabState, given: Given, memory: Memory) -> Given:
+def plan_pods(state: LabState, given: Given, memory: Memory | None = None) -> Given:
     """Complete the objects and set the state's memory and pods accordingly; makes nothing."""
-    completed = complete(given, state.topology, memory)
+    completed = complete(given, state.topology, memory or Memory())
     state.memory = completed.memory
     state.pods = [_lab_pod(state.name, raw) for ref, raw in completed.objects.items() if ref.kind == "Pod"]
     return completed.objects

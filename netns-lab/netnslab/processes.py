@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -68,15 +69,22 @@ def kill(find: Callable[[], set[int]], what: str) -> int:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         killed |= pids
-        reap(pids)
+        reap()
         if time.monotonic() > end:
             raise LabError(f"{what}: processes {sorted(pids)} do not end")
         time.sleep(0.01)  # between two looks; the kernel takes this long to take down a process
     return len(killed)
 
 
-def reap(pids: Iterable[int]) -> None:
-    """Collect those that were this process's own children."""
-    for pid in pids:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
+_started: list[subprocess.Popen[bytes]] = []
+
+
+def let_run(process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+    """Leave a process we started running beyond us; keeps its handle, so that it can be reaped should it end before we do."""
+    _started.append(process)
+    return process
+
+
+def reap() -> None:
+    """Collect those of our own children that have ended: as zombies they would keep their numbers."""
+    _started[:] = [process for process in _started if process.poll() is None]

@@ -22,6 +22,8 @@ Source: iptables-extensions(8); kube-proxy 1.36's rule set is the contract for n
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import msgspec
 
 from clusterstate.objects import IPAddress
@@ -97,11 +99,10 @@ class _EntryWriter:
         self.external_chain = self.svl if entry.external_local else self.svc
         self.reachable = entry.reachable
         self.seps = {b.name: endpoint_chain(self.title, self.protocol, b.name) for b in self.reachable}
-        self.external = tuple([f for f in entry.frontends if f.kind is not Kind.CLUSTER_IP])
-        self.internal = tuple([f for f in entry.frontends if f.kind is Kind.CLUSTER_IP])
-        vips = [f for f in entry.frontends if f.kind is Kind.LOAD_BALANCER]
-        self.vips = vips
-        self.uses_firewall = bool(self.reachable and vips and entry.source_ranges)
+        self.internal = [f for f in entry.frontends if f.kind is Kind.CLUSTER_IP]
+        self.has_external = len(self.internal) < len(entry.frontends)
+        self.vips = [f for f in entry.frontends if f.kind is Kind.LOAD_BALANCER] if self.has_external else []
+        self.uses_firewall = bool(self.reachable and self.vips and entry.source_ranges)
         self.rules = EntryRules({}, {})
 
     def write(self) -> EntryRules:
@@ -115,7 +116,7 @@ class _EntryWriter:
                 self._pool(self.svc, self.entry.cluster)
             if self.entry.local:
                 self._pool(self.svl, self.entry.local)
-            if self.external:
+            if self.has_external:
                 self._external_chain()
             if self.uses_firewall:
                 self._firewall_chain()
@@ -153,7 +154,7 @@ class _EntryWriter:
         """Return the rule that meets exactly the packets to a frontend."""
         if not text:
             text = self.title if frontend.kind is Kind.NODE_PORT else f"{self.title} {frontend.kind.value}"
-        transport = Transport(self.protocol, (frontend.port, frontend.port))  # type: ignore[arg-type]
+        transport = _transport(self.protocol, frontend.port)
         return Rule(
             target,
             (Comment(text), *between, transport),
@@ -241,7 +242,7 @@ class _EntryWriter:
         """Write KUBE-SEP: a pod that reaches itself through the Service is masqueraded, everybody is sent there."""
         sep = self.seps[backend.name]
         comment = self._comments(self.title)
-        transport = Transport(self.protocol)  # type: ignore[arg-type]
+        transport = _transport(self.protocol, 0)
         to = Dnat(self.family, int(backend.address), backend.port)
         remember = (Recent(sep, set=True),) if self.entry.affinity_seconds else ()
         self._own(
@@ -263,6 +264,12 @@ class _EntryWriter:
     def _share(self, table: str, chain: str, rule: Rule) -> None:
         key = ChainKey(self.family, table, chain)  # type: ignore[arg-type]
         self.rules.shared[key] = (*self.rules.shared.get(key, ()), rule)
+
+
+@lru_cache(4096)
+def _transport(protocol: Protocol, port: int) -> Transport:
+    """Return the match of one destination port (0: any); many Services share a few."""
+    return Transport(protocol, (port, port) if port else None)  # type: ignore[arg-type]
 
 
 _PROTOCOLS: dict[str, Protocol] = {"TCP": "tcp", "UDP": "udp", "SCTP": "sctp"}

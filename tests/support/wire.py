@@ -95,7 +95,8 @@ class Wire:
         """Put the first packet of a flow on the wire it comes from."""
         packet = _packet(flow, identity)
         if flow.from_node:
-            self._raw[flow.destination.version].sendto(bytes(packet), (str(flow.destination), 0))
+            with contextlib.suppress(PermissionError):  # a rule of OUTPUT took it
+                self._raw[flow.destination.version].sendto(bytes(packet), (str(flow.destination), 0))
             return
         link = LINKS.index(flow.interface)
         frame = Ether(src=MAC_W.format(link), dst=MAC_N.format(link)) / packet

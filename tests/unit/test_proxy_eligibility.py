@@ -4,20 +4,22 @@ from ipaddress import ip_address
 
 import pytest
 
+from clusterstate.objects import Endpoint
 from proxy.eligibility import Candidate, Eligible, eligible_backends
 from proxy.table import Backend
 
 
 def endpoint(letter, state="ready", *, local=False, zones=(), nodes=()):
     """Make a candidate named by a letter; ``state`` is ready, not-ready, terminating (serving) or gone (not serving)."""
-    backend = Backend(f"{letter}:80", ip_address(f"10.0.0.{ord(letter) - 96}"), 80, local)
+    address = ip_address(f"10.0.0.{ord(letter) - 96}")
     ready, serving, terminating = {
         "ready": (True, True, False),
         "not-ready": (False, False, False),
         "terminating": (False, True, True),
         "gone": (False, False, True),
     }[state]
-    return Candidate(backend, ready, serving, terminating, frozenset(zones), frozenset(nodes))
+    made = Endpoint(address, ready, serving, terminating, zone_hints=frozenset(zones), node_hints=frozenset(nodes))
+    return Candidate(Backend(f"{letter}:80", address, 80, local), made)
 
 
 def pools(result: Eligible):

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Two "pods" on a "node", wired with nothing but ip(8): what a bridge CNI plugin does, then what a routed one does.
 set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
 me=np-hand-$$
 node=$me-node a=$me-a b=$me-b
 trap 'for n in $node $a $b; do ip netns del "$n" 2>/dev/null || true; done' EXIT
@@ -24,7 +25,7 @@ for pod in "$a" "$b"; do
 done
 
 say "pod a pings pod b: a and b are neighbours, the bridge passes frames"
-ip netns exec "$a" ping -c 1 -W 2 10.244.1.3
+ip netns exec "$a" python3 "$here/ping.py" 10.244.1.3
 ip -n "$a" neigh show
 bridge -n "$node" fdb show br cni0 | grep -v permanent || true
 
@@ -44,6 +45,6 @@ for pod in "$a" "$b"; do
   i=$((i + 1))
 done
 ip netns exec "$node" sysctl -qw net.ipv4.ip_forward=1
-ip netns exec "$a" ping -c 1 -W 2 10.244.1.3
+ip netns exec "$a" python3 "$here/ping.py" 10.244.1.3
 say "ttl=63 above: the packet was forwarded by a router, the node. The node's routes:"
 ip -n "$node" route show

@@ -1,0 +1,101 @@
+"""Measurements of nodeplane, each with the machine it was made on; ``nodeplane bench [NAME]`` runs them.
+
+    BENCHMARKS --> measure(options) -> rows --> result (machine, command) --+--> table or JSON on stdout
+                                                                            +--> DIR/NAME.json, DIR/NAME.png
+
+Decides which benchmarks there are and what becomes of their rows. What each measures is in its own module, the form of a result
+in ``result.py``, the pictures in ``plots.py``. Nothing here passes or fails: a reader, or a gate, judges the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shlex
+import sys
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from bench.machine import machine_facts
+from bench.result import Options, Result, Row, result_table, write_result
+from nodeplane.commands import Usage
+from nodeplane.config import MODES
+
+BENCHMARKS: dict[str, str] = {
+    "services-change": "bench.services_change",
+    "services-full": "bench.services_full",
+    "lab-up": "bench.lab_up",
+    "drift-repair": "bench.drift_repair",
+}
+"""Name on the command line -> module with a ``measure``."""
+
+WITHOUT_SERVICES = frozenset({"lab-up"})
+"""Benchmarks whose size is not a number of Services."""
+
+
+class Benchmark(Protocol):
+    """What a benchmark's module offers."""
+
+    def measure(self, options: Options) -> list[Row]:
+        """Measure and return rows; what cannot be measured here is said on stderr and left out."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one benchmark or, without a name, all. Raises Usage."""
+    names = _names(args.name, args.services)
+    options = Options(services=args.services, mode=_mode(args.mode))
+    results = []
+    for name in names:
+        print(f"{name}: measuring", file=sys.stderr)
+        benchmark: Benchmark = importlib.import_module(BENCHMARKS[name])  # type: ignore[assignment]
+        rows = benchmark.measure(options)
+        result = Result(name, machine_facts(_command(name, args)), rows)
+        results.append(result)
+        write_result(result, args.results)
+        _draw(result, args.results)
+        if args.output == "text":
+            print(result_table(result))
+    if args.output == "json":
+        answer = results[0] if args.name else results
+        print(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode())
+    return 0
+
+
+def _names(stated: str | None, services: int | None) -> list[str]:
+    if services is not None and services < 1:
+        raise Usage(f"--services: must be at least 1, is {services}")
+    if stated is None:
+        return list(BENCHMARKS)
+    if stated not in BENCHMARKS:
+        raise Usage(f"bench: must be one of {', '.join(BENCHMARKS)}, is {stated!r}")
+    if stated in WITHOUT_SERVICES and services is not None:
+        raise Usage(f"--services: {stated} has nodes and pods, and no number of Services")
+    return [stated]
+
+
+def _mode(stated: str | None) -> str:
+    mode = stated or MODES[0]
+    if mode not in MODES:
+        raise Usage(f"--mode: must be one of {', '.join(MODES)}, is {mode!r}")
+    return mode
+
+
+def _command(name: str, args: argparse.Namespace) -> str:
+    """Return the command that repeats this one benchmark."""
+    words = ["nodeplane", "bench", name]
+    if args.services is not None and name not in WITHOUT_SERVICES:
+        words += ["--services", str(args.services)]
+    if args.mode:
+        words += ["--mode", args.mode]
+    return shlex.join(words)
+
+
+def _draw(result: Result, directory: Path) -> None:
+    try:
+        from bench.plots import draw  # noqa: PLC0415  0.7 s and 40 MB that no measuring process should carry
+    except ModuleNotFoundError as error:
+        print(f"{result.bench}: no picture: {error.name} is not installed", file=sys.stderr)
+        return
+    draw(result, directory / f"{result.bench}.png")

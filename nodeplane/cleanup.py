@@ -1,0 +1,57 @@
+"""``nodeplane cleanup``: remove every trace of nodeplane from this node's kernel and file system."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+from pathlib import Path
+
+from kernelstate.errors import KernelStateError
+from kernelstate.linux.iptables import IptablesPort, choose_variant, families
+from kernelstate.linux.links import LinuxLinks
+from kernelstate.reconcile import NetfilterReconciler
+from kernelstate.reconcile_links import LinkReconciler
+from nodeplane.commands import Failed
+from nodeplane.pipeline import OWNERSHIP
+from nodeplane.status import LOCK_FILE, STATUS_FILE, AlreadyRunningError, read_status, take_lock
+
+log = logging.getLogger("nodeplane.cleanup")
+
+SUBNET_FILE = Path("/run/flannel/subnet.env")
+
+
+def run(_args: argparse.Namespace) -> int:
+    """Remove rules, links and routes of ours, then our files. Refuses while an agent runs: it would bring them back."""
+    try:
+        take_lock()
+    except AlreadyRunningError as error:
+        raise Failed(f"{error}; stop it first") from error
+    except OSError as error:
+        raise Failed(f"{LOCK_FILE}: {error.strerror}") from error
+    status = read_status()
+    variant = status.iptables_variant if status else ""
+    errors: list[str] = []
+    try:
+        chosen = variant if variant in {"legacy", "nft"} else choose_variant()[0]
+        reconcilers = (
+            NetfilterReconciler(IptablesPort(chosen), OWNERSHIP, families()),  # type: ignore[arg-type]
+            LinkReconciler(LinuxLinks()),
+        )
+        for reconciler in reconcilers:
+            report = reconciler.cleanup()
+            print(f"{report.part}: removed {report.changed}")
+            errors += report.errors
+    except KernelStateError as error:
+        errors.append(str(error))
+    if status is not None and status.overlay:
+        SUBNET_FILE.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            SUBNET_FILE.parent.rmdir()
+    STATUS_FILE.unlink(missing_ok=True)
+    LOCK_FILE.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        LOCK_FILE.parent.rmdir()
+    if errors:
+        raise Failed("; ".join(errors))
+    return 0

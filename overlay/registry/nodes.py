@@ -1,0 +1,105 @@
+"""Who is in the overlay, by the Node objects: each node's pod network, address and tunnel end, as far as each states them.
+
+Looks at one node at a time; what nodes claim against each other is judged in ``compile.py``. Where flannel's annotations are
+there they count, so that a node may be run by either; the order for the address is flannel's:
+
+    public-ip-overwrite  >  public-ip  >  status.addresses (InternalIP)
+"""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+import msgspec
+
+from clusterstate.objects import IPAddress, IPNetwork, Node
+from overlay import lease
+from overlay.lease import Vtep
+from overlay.netconf import NetConf, VxlanBackend
+from overlay.table import PeerProblem
+
+
+class Registration(msgspec.Struct, frozen=True):
+    """What one node states for one family. ``ip_field`` says where the address was found."""
+
+    node: str
+    family: int
+    pod_cidr: IPNetwork
+    public_ip: IPAddress
+    ip_field: str
+    vtep: Vtep | None
+
+
+def read_node(node: Node, net_conf: NetConf, *, own: bool) -> tuple[list[Registration], list[PeerProblem]]:
+    """Return the node's registrations in the families that are on, and what keeps others out.
+
+    On the ``own`` node only the configuration says which backend runs: annotations of an earlier one do not count.
+    """
+    found: list[Registration] = []
+    problems: list[PeerProblem] = []
+    stated = node.annotations.get(lease.BACKEND_TYPE, "")
+    if stated and stated.lower() != net_conf.backend.type and not own:
+        reason = f"the backend here is {net_conf.backend.type}; nodes of different backends do not reach each other"
+        return [], [PeerProblem(node.name, f"annotation {lease.BACKEND_TYPE}", stated, reason)]
+    for family in net_conf.families:
+        try:
+            found.append(_read_family(node, family, net_conf, own=own))
+        except _Left as left:
+            problems.append(PeerProblem(node.name, left.field, left.value, left.reason))
+    return found, problems
+
+
+class _Left(Exception):  # noqa: N818  not an error of ours: a node that cannot be taken, and why
+    def __init__(self, field: str, value: str, reason: str) -> None:
+        self.field, self.value, self.reason = field, value, reason
+        super().__init__(reason)
+
+
+def _read_family(node: Node, family: int, net_conf: NetConf, *, own: bool) -> Registration:
+    network = net_conf.network_of(family)
+    pod_cidr = next((c for c in node.pod_cidrs if c.version == family), None)
+    if pod_cidr is None:
+        raise _Left("spec.podCIDRs", ", ".join(map(str, node.pod_cidrs)), f"has no IPv{family} pod network")
+    if not (network is not None and network.version == pod_cidr.version and pod_cidr.subnet_of(network)):  # type: ignore[arg-type]
+        raise _Left("spec.podCIDRs", str(pod_cidr), f"is not inside Network {network}")
+    address, field = _public_ip(node, family)
+    if network is not None and address in network:
+        raise _Left(field, str(address), f"lies inside the pod network {network}: packets to the node would go into the tunnel")
+    return Registration(node.name, family, pod_cidr, address, field, _vtep(node, family, net_conf, own=own))
+
+
+def _public_ip(node: Node, family: int) -> tuple[IPAddress, str]:
+    for key in (lease.PUBLIC_IP_OVERWRITE[family], lease.PUBLIC_IP[family]):
+        text = node.annotations.get(key)
+        if not text:
+            continue
+        try:
+            address = ip_address(text)
+        except ValueError as error:
+            raise _Left(f"annotation {key}", text, f"is not an IPv{family} address") from error
+        if address.version != family:
+            raise _Left(f"annotation {key}", text, f"is not an IPv{family} address")
+        return address, f"annotation {key}"
+    internal = node.internal_ip(family)
+    if internal is None:
+        raise _Left("status.addresses", ", ".join(str(a.ip) for a in node.addresses), f"has no IPv{family} InternalIP")
+    return internal, "status.addresses"
+
+
+def _vtep(node: Node, family: int, net_conf: NetConf, *, own: bool) -> Vtep | None:
+    """Return the tunnel end that an annotation states, else the one that follows from the name; None without tunnels."""
+    backend = net_conf.backend
+    if not isinstance(backend, VxlanBackend):
+        return None
+    derived = Vtep(backend.vni, lease.derived_mac(node.name, backend.vni, family))
+    key = lease.BACKEND_DATA[family]
+    text = node.annotations.get(key, "")
+    try:
+        stated = lease.parse_vtep(text)
+    except ValueError as error:
+        raise _Left(f"annotation {key}", text, str(error)) from error
+    if stated is None or (own and stated.vni != backend.vni):
+        return derived
+    if stated.vni != backend.vni:
+        raise _Left(f"annotation {key}", text, f"the VNI here is {backend.vni}; tunnels of different VNIs do not meet")
+    return stated
