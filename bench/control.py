@@ -18,6 +18,7 @@ import msgspec
 
 from bench.cluster import CLUSTER_CIDR, NODE
 from bench.stages import Stages
+from clusterstate.objects import Node
 from clusterstate.sources.files import FileSource
 from kernelstate.fake import RecordingNetfilter
 from kernelstate.objects.address import Family, Prefix
@@ -35,17 +36,19 @@ class TextPort(RecordingNetfilter):
     def __init__(self) -> None:
         super().__init__()
         self.handed = (0.0, 0.0)
+        self.size = 0
 
     def apply(self, family: Family, restore_text: str) -> None:
-        """Keep the text and the clocks."""
+        """Keep the text, as bytes too (it is what a pipe takes), and read the clocks."""
         super().apply(family, restore_text)
+        self.size = len(restore_text.encode())
         self.handed = (time.perf_counter(), time.process_time())
 
 
 class BareHost:
     """A machine without links that wants no sysctl; implements ``agent.Host``."""
 
-    def facts(self) -> HostFacts:
+    def facts(self, node: Node | None) -> HostFacts:
         """Return nothing: the Node object says what Services need."""
         return HostFacts()
 

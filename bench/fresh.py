@@ -1,8 +1,8 @@
 """A measurement in a process of its own: its memory is its own, and no earlier measurement has warmed or filled anything.
 
-    measuring process                                          this process
-      in_fresh_process("bench.x:f", {...})  -- argv -->   python -m bench.fresh bench.x:f '{...}'
-      decoded answer                        <-- stdout --  JSON of what f returned
+measuring process                                          this process
+  in_fresh_process("bench.x:f", {...})  -- argv -->   python -m bench.fresh bench.x:f '{...}'
+  decoded answer                        <-- stdout --  JSON of what f returned
 """
 
 from __future__ import annotations

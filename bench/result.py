@@ -93,7 +93,7 @@ def write_result(result: Result, directory: Path) -> Path:
 def result_table(result: Result) -> str:
     """Return a run as a person reads it: the command, the machine, then aligned rows."""
     machine = result.machine
-    cells = [("what", "at", "metric", "value", "unit", "ratio", "to")]
+    cells: list[tuple[str, ...]] = [("what", "at", "metric", "value", "unit", "ratio", "to")]
     cells += [_cells(row) for row in result.rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     rights = {3, 5}

@@ -20,7 +20,7 @@ import msgspec
 
 from bench.machine import machine_facts
 from bench.result import Options, Result, Row, result_table, write_result
-from nodeplane.commands import Usage
+from nodeplane.commands import Failed, Usage
 from nodeplane.config import MODES
 
 BENCHMARKS: dict[str, str] = {
@@ -43,24 +43,33 @@ class Benchmark(Protocol):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run one benchmark or, without a name, all. Raises Usage."""
+    """Run one benchmark or, without a name, all: then one that cannot run is named, and the others still do. Raises Usage, Failed."""
     names = _names(args.name, args.services)
     options = Options(services=args.services, mode=_mode(args.mode))
-    results = []
+    results: list[Result] = []
     for name in names:
         print(f"{name}: measuring", file=sys.stderr)
-        benchmark: Benchmark = importlib.import_module(BENCHMARKS[name])  # type: ignore[assignment]
-        rows = benchmark.measure(options)
-        result = Result(name, machine_facts(_command(name, args)), rows)
-        results.append(result)
-        write_result(result, args.results)
-        _draw(result, args.results)
-        if args.output == "text":
-            print(result_table(result))
+        try:
+            results.append(_measure(name, options, args))
+        except Failed as error:
+            if args.name:
+                raise
+            print(f"nodeplane: {error}", file=sys.stderr)
     if args.output == "json":
         answer = results[0] if args.name else results
         print(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode())
-    return 0
+    return 0 if len(results) == len(names) else 1
+
+
+def _measure(name: str, options: Options, args: argparse.Namespace) -> Result:
+    """Run one benchmark; write and show what it found."""
+    benchmark: Benchmark = importlib.import_module(BENCHMARKS[name])
+    result = Result(name, machine_facts(_command(name, args)), benchmark.measure(options))
+    write_result(result, args.results)
+    _draw(result, args.results)
+    if args.output == "text":
+        print(result_table(result), flush=True)
+    return result
 
 
 def _names(stated: str | None, services: int | None) -> list[str]:

@@ -87,9 +87,10 @@ def _with_baseline(row: Row, before: Sequence[Row]) -> Row:
 
 
 def measure_here(directory: str, services: int, changes: int, mode: str) -> Answer:
-    """Make the cluster, sync once, then measure change after change."""
+    """Make the cluster, sync once, then measure change after change, each to another Service and these spread over all."""
     path = Path(directory) / "objects"
     cluster.write_directory(path, services)
+    count = min(changes, services)
     stages = Stages()
     events: dict[str, list[Work]] = {}
     agent = MeasuredAgent(path, mode, stages)
@@ -98,8 +99,8 @@ def measure_here(directory: str, services: int, changes: int, mode: str) -> Answ
             first = agent.first()
             for event, change in EVENTS.items():
                 events[event] = []
-                for i in range(min(changes, services)):
-                    change(path, services, _spread(i, min(changes, services), services))
+                for i in range(count):
+                    change(path, i * services // count, services)
                     events[event].append(agent.follow())
     finally:
         agent.close()
@@ -107,21 +108,16 @@ def measure_here(directory: str, services: int, changes: int, mode: str) -> Answ
     return Answer(events, apply_in_turn(texts) if may_use_kernel() else [])
 
 
-def _spread(i: int, changes: int, services: int) -> int:
-    """Return the i-th of some Services, spread over all of them."""
-    return i * services // changes
-
-
-def _add_endpoint(path: Path, services: int, index: int) -> None:
+def _add_endpoint(path: Path, index: int, _: int) -> None:
     cluster.put(path, cluster.endpoint_slice(index, cluster.ENDPOINTS + 1))
 
 
-def _add_service(path: Path, services: int, index: int) -> None:
+def _add_service(path: Path, index: int, services: int) -> None:
     cluster.put(path, cluster.endpoint_slice(services + index))
     cluster.put(path, cluster.service(services + index))
 
 
-def _remove_service(path: Path, services: int, index: int) -> None:
+def _remove_service(path: Path, index: int, services: int) -> None:
     for one in (cluster.service(services + index), cluster.endpoint_slice(services + index)):
         cluster.file_of(path, one).unlink()
 
@@ -131,4 +127,4 @@ EVENTS: dict[str, Callable[[Path, int, int], None]] = {
     "service added": _add_service,
     "service removed": _remove_service,
 }
-"""What happens, in this order: the Services removed are those added before."""
+"""What happens to the files for a Service's index among so many, in this order: the Services removed are those added before."""

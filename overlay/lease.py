@@ -52,7 +52,7 @@ def parse_vtep(text: str) -> Vtep | None:
     fields = {str(k).lower(): v for k, v in raw.items()} if isinstance(raw, dict) else {}
     vni, mac = fields.get("vni", 1), fields.get("vtepmac")
     if isinstance(vni, bool) or not isinstance(vni, int) or not isinstance(mac, str):
-        raise ValueError(f'must be like {{"VNI":1,"VtepMAC":"12:c6:65:89:b4:e3"}}, is {text!r}')
+        raise ValueError(f'must be like {{"VNI":1,"VtepMAC":"12:c6:65:89:b4:e3"}}, is {text!r}')  # noqa: TRY004  wrong text
     mac = mac.lower().replace("-", ":")
     if not _is_mac(mac) or int(mac[:2], 16) & 1 or not int(mac.replace(":", ""), 16):
         raise ValueError(f"VtepMAC: must be the MAC of one host, is {fields['vtepmac']!r}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 import msgspec
 
@@ -113,9 +113,10 @@ def parse_net_conf(raw: Mapping[str, object]) -> NetConf:
     )
 
 
-_KEYS = tuple(
-    "Network IPv6Network EnableIPv4 EnableIPv6 EnableNFTables SubnetLen SubnetMin SubnetMax "
-    "IPv6SubnetLen IPv6SubnetMin IPv6SubnetMax Backend".split()
+_KEYS = (
+    *("Network", "EnableIPv4", "SubnetLen", "SubnetMin", "SubnetMax"),
+    *("IPv6Network", "EnableIPv6", "IPv6SubnetLen", "IPv6SubnetMin", "IPv6SubnetMax"),
+    *("EnableNFTables", "Backend"),
 )
 _BACKEND_KEYS = {"vxlan": ("Type", "VNI", "Port", "MTU", "GBP", "Learning", "DirectRouting"), "host-gw": ("Type",)}
 
@@ -211,22 +212,29 @@ class _Fields:
 
     def network(self, name: str, family: int) -> IPv4Network | IPv6Network | None:
         """Read a CIDR; host bits are dropped, as Go's net.ParseCIDR does it."""
-        return self._typed(name, f"an IPv{family} CIDR", lambda v: _NETWORKS[family](v, strict=False), "/")
-
-    def address(self, name: str) -> IPv4Address | IPv6Address | None:
-        kind = IPv6Address if name.startswith("IPv6") else IPv4Address
-        return self._typed(name, "an IP address of that family", kind, "")
-
-    def _typed(self, name: str, what: str, convert: Any, needed: str) -> Any:
-        value = self._found.get(name)
-        if value is None or value == "":
+        text = self._text(name)
+        if not text:
             return None
         try:
-            if not isinstance(value, str) or needed not in value:
-                raise ValueError(value)
-            return convert(value)
+            # Without a length it would be one address, and hardly what was meant.
+            return _NETWORKS[family](text if "/" in text else "", strict=False)
         except ValueError as error:
-            raise NetConfError(f"{self._at}{name}", f"must be {what}, is {value!r}") from error
+            raise NetConfError(f"{self._at}{name}", f"must be an IPv{family} CIDR, is {text!r}") from error
+
+    def address(self, name: str) -> IPv4Address | IPv6Address | None:
+        text = self._text(name)
+        family = 6 if name.startswith("IPv6") else 4
+        try:
+            return _ADDRESSES[family](text) if text else None
+        except ValueError as error:
+            raise NetConfError(f"{self._at}{name}", f"must be an IPv{family} address, is {text!r}") from error
+
+    def _text(self, name: str) -> str:
+        value = self._found.get(name)
+        if value is not None and not isinstance(value, str):
+            raise NetConfError(f"{self._at}{name}", f"must be text, is {value!r}")
+        return value or ""
 
 
-_NETWORKS: dict[int, type[IPv4Network] | type[IPv6Network]] = {4: IPv4Network, 6: IPv6Network}
+_NETWORKS: dict[int, type[IPv4Network | IPv6Network]] = {4: IPv4Network, 6: IPv6Network}
+_ADDRESSES: dict[int, type[IPv4Address | IPv6Address]] = {4: IPv4Address, 6: IPv6Address}

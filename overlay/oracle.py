@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from clusterstate.objects import IPAddress
+from clusterstate.objects import IPAddress, IPNetwork
 from overlay.table import PeerTable
 
 PathKind: TypeAlias = Literal["local", "vxlan", "host-gw", "node", "external"]
@@ -48,5 +48,5 @@ def path_of(table: PeerTable, destination: IPAddress) -> Path:
     return Path("external", None, "outside the pod network")
 
 
-def _inside(address: IPAddress, network: object) -> bool:
-    return address.version == network.version and address in network  # type: ignore[attr-defined,operator,no-any-return]
+def _inside(address: IPAddress, network: IPNetwork) -> bool:
+    return address.version == network.version and address in network

@@ -61,6 +61,11 @@ class ConnState(msgspec.Struct, frozen=True, gc=False):
     states: tuple[str, ...]
     negated: bool = False
 
+    @classmethod
+    def of(cls, *states: str, negated: bool = False) -> ConnState:
+        """Return the match of these states, in whatever order they are named."""
+        return cls(tuple(sorted(states)), negated)
+
 
 class Mark(msgspec.Struct, frozen=True, gc=False):
     """``-m mark [!] --mark value/mask``."""

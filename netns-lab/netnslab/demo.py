@@ -7,6 +7,7 @@ of it was so. Brings up a lab of its own and takes it down, whatever happens.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -97,7 +98,8 @@ class Demo:
         """Run `nodeplane explain` for one packet."""
         _title(
             "One packet, explained",
-            "`nodeplane explain` finds out from the objects alone, by simulating the rules and by asking what they mean.",
+            "`nodeplane explain` finds out from the objects alone, by simulating the rules and by asking what they mean. Here is",
+            "one of the ways in full, to a pod on another node.",
         )
         command = ["--objects", str(self.state.objects), "--node", self.node.name]
         command += ["--config", str(self.state.node_dir(self.node.name) / "run/config.yaml")]
@@ -105,7 +107,7 @@ class Demo:
         done = subprocess.run(
             [sys.executable, "-m", "nodeplane", "explain", *command], capture_output=True, text=True, timeout=60, check=False
         )
-        _print([f"  {line}" for line in (done.stdout or done.stderr).splitlines()])
+        _print([f"  {line}" for line in one_way((done.stdout or done.stderr).splitlines())])
         self.expect(done.returncode == 0, f"nodeplane explain ended with {done.returncode}")
 
     def pod_killed(self) -> None:
@@ -201,8 +203,14 @@ def _rules(sentence: str, rules: list[str]) -> None:
 
 def _short(rule: str) -> str:
     """Leave the comment match out of a rule, for a screen's width."""
-    head, _, tail = rule.partition(' -m comment --comment "')
-    return f"{head}{tail.partition(chr(34))[2]}" if tail else rule
+    return re.sub(r' -m comment --comment ("[^"]*"|\S+)', "", rule)
+
+
+def one_way(lines: list[str]) -> list[str]:
+    """Shorten an explanation: of the ways a packet may go, each with its steps below it, keep the last."""
+    starts = [i for i, line in enumerate(lines) if " with probability " in line]
+    kept = lines[: starts[0]] + lines[starts[-1] :] if starts else lines
+    return [_short(line) for line in kept]
 
 
 def _rules_with(saved: list[str], start: str, part: str) -> list[str]:

@@ -240,13 +240,13 @@ def _fixed_chains(settings: ProxySettings, family: Family) -> dict[ChainKey, tup
     unmarked = Rule(Verdict.RETURN, (Mark(mark, mark, negated=True),))
     clear = Rule(SetXmark(mark, 0))
     snat = Rule(Masquerade(settings.random_fully), (Comment("kubernetes service traffic requiring SNAT"),))
-    established = ConnState(("RELATED", "ESTABLISHED"))
+    established = ConnState.of("RELATED", "ESTABLISHED")
     forward = [
         Rule(Verdict.ACCEPT, (Comment("kubernetes forwarding rules"), Mark(mark, mark))),
         Rule(Verdict.ACCEPT, (Comment("kubernetes forwarding conntrack rule"), established)),
     ]
     if not settings.tcp_be_liberal:
-        forward.insert(0, Rule(Verdict.DROP, (ConnState(("INVALID",)),)))
+        forward.insert(0, Rule(Verdict.DROP, (ConnState.of("INVALID"),)))
     return {
         ChainKey(family, "filter", "KUBE-FORWARD"): tuple(forward),
         ChainKey(family, "filter", "KUBE-FIREWALL"): _localnet_guard(family) if settings.localhost_node_ports else (),
@@ -269,7 +269,7 @@ def _localnet_guard(family: Family) -> tuple[Rule, ...]:
             Verdict.DROP,
             (
                 Comment("block incoming localnet connections"),
-                ConnState(("RELATED", "ESTABLISHED", "DNAT"), negated=True),
+                ConnState.of("RELATED", "ESTABLISHED", "DNAT", negated=True),
             ),
             source=LOOPBACK[4],
             source_negated=True,
@@ -280,7 +280,7 @@ def _localnet_guard(family: Family) -> tuple[Rule, ...]:
 
 def _anchors(family: Family) -> tuple[Anchor, ...]:
     """Return the jumps out of the kernel's own chains, top to bottom as they end up on a clean host."""
-    new = ConnState(("NEW",))
+    new = ConnState.of("NEW")
     firewall = Rule(Jump("KUBE-FIREWALL"))
     lb_firewall = Rule(Jump(PROXY_FIREWALL), (new, Comment("kubernetes load balancer firewall")))
     health = Rule(Jump(NODE_PORTS), (Comment("kubernetes health check service ports"),))

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from kernelstate.linux import netns
 from netnslab import lab, plan, probe, processes, wiring
 from netnslab import state as states
 from netnslab.topology import BUNDLED
-
-from kernelstate.linux import netns
 
 pytestmark = pytest.mark.kernel
 

@@ -7,14 +7,14 @@ from ipaddress import ip_address, ip_network
 from typing import Any
 
 import pytest
+
+from clusterstate.objects import ObjectRef
+from clusterstate.parse import parse_object
 from netnslab.controlplane import complete
 from netnslab.errors import LabInputError
 from netnslab.given import reference
 from netnslab.memory import Memory, free_cluster_ip, free_node_port, next_pod_ip
 from netnslab.topology import Topology, parse_topology
-
-from clusterstate.objects import ObjectRef
-from clusterstate.parse import parse_object
 
 
 def topology(nodes: int = 3, *, dual: bool = False) -> Topology:

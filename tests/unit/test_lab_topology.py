@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from clusterstate.objects import ObjectRef
 from netnslab import names
 from netnslab.agents import node_config
 from netnslab.errors import LabInputError
 from netnslab.plan import read_plan
 from netnslab.topology import BUNDLED, load_topology, parse_topology
-
-from clusterstate.objects import ObjectRef
 
 NODES = [{"name": "n1"}, {"name": "n2"}]
 
