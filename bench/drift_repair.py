@@ -1,4 +1,7 @@
-"""``drift-repair``: somebody runs ``iptables -t nat -F`` under a running agent; how long until all is back, and what is written.
+"""``drift-repair``: somebody else's flush under a running agent; how long until all is back, and how much is written for it.
+
+    nat flushed          iptables -t nat -F               every Service's rules are gone: all of nat has to be written
+    one chain flushed    iptables -t nat -F KUBE-SVC-..   one Service's: the repair should be as small
 
     namespace of its own                                        seen from outside
       nodeplane agent --> PATH --> iptables-legacy-restore       a script that copies what it is fed: bytes rewritten
@@ -49,28 +52,36 @@ def measure(options: Options, repeats: int = REPEATS) -> list[Row]:
         with _agent(namespace, root) as alive:
             _wait(lambda: _is_synced(root), alive, "the first sync")
             first = _fed(root)
-            times, written = [], []
-            for _ in range(repeats):
-                took, fed = _flush(namespace, root, alive)
-                times.append(took)
-                written.append(fed)
+            flushes: dict[str, list[str]] = {"nat flushed": [], "one chain flushed": [_some_chain(namespace)]}
+            repairs = {
+                name: [_repair(namespace, root, alive, chain) for _ in range(repeats)] for name, chain in flushes.items()
+            }
 
-    def row(metric: str, value: float, unit: str) -> Row:
-        return Row("nat flushed", options.mode, {"services": services}, metric, value, unit)
+    def row(name: str, metric: str, value: float, unit: str) -> Row:
+        return Row(name, options.mode, {"services": services}, metric, value, unit)
 
-    return [
-        row("until back median", median(times), "ms"),
-        row("until back longest", max(times), "ms"),
-        against(row("text size", median(written), "bytes"), first, "first sync's text"),
-        row("first sync's text", first, "bytes"),
-    ]
+    rows = [row("first sync", "text size", first, "bytes")]
+    for name, found in repairs.items():
+        times, written = zip(*found, strict=True)
+        rows += [
+            row(name, "until back median", median(times), "ms"),
+            row(name, "until back longest", max(times), "ms"),
+            against(row(name, "text size", median(written), "bytes"), first, "first sync's text"),
+        ]
+    return rows
 
 
-def _flush(namespace: str, root: Path, alive: Callable[[], None]) -> tuple[float, int]:
-    """Flush the nat table once; return milliseconds until its entries are back, and the bytes fed to restore for it."""
+def _some_chain(namespace: str) -> str:
+    """Return one Service's chain."""
+    listing = netns.run(namespace, ["iptables-legacy-save", "-t", "nat"], timeout=LONGEST)
+    return min(line.split()[0][1:] for line in listing.splitlines() if line.startswith(":KUBE-SVC-"))
+
+
+def _repair(namespace: str, root: Path, alive: Callable[[], None], chain: list[str]) -> tuple[float, int]:
+    """Flush once; return milliseconds until the nat table's entries are back, and the bytes fed to restore for it."""
     with netns.inside(namespace):
         whole, fed, last = entries(4, "nat"), _fed(root), _last_sync(root)
-        subprocess.run(["iptables-legacy", "-w", "5", "-t", "nat", "-F"], check=True, timeout=LONGEST)
+        subprocess.run(["iptables-legacy", "-w", "5", "-t", "nat", "-F", *chain], check=True, timeout=LONGEST)
         started = time.perf_counter()
         _wait(lambda: entries(4, "nat") == whole, alive, "the nat table's entries")
         took = 1000 * (time.perf_counter() - started)

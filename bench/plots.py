@@ -26,7 +26,7 @@ REFERENCE = "kube-proxy 1.36, reference figure,\nnot measured here"
 
 def draw(result: Result, path: Path) -> None:
     """Draw a result into a PNG file."""
-    figure = Figure(figsize=(11, 5.2), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 6), dpi=110, layout="constrained")
     _DRAWINGS[result.bench](figure, result.rows)
     machine = result.machine
     figure.suptitle(f"{result.bench}", fontsize=14, fontweight="bold", x=0.01, ha="left")
@@ -70,7 +70,7 @@ def _services_change(figure: Any, rows: Sequence[Row]) -> None:
     _plain(left.yaxis)
     left.set_xticks(sorted({*_sizes(rows), 10_000}))
     left.grid(alpha=0.3)
-    left.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(0, 0.83))
+    _legend_below(left, 2)
     events = list(dict.fromkeys(row.name for row in rows))
     _stage_bars(right, [(f"{event}\n{n:,}", _stages(rows, event, n)) for event in events for n in _sizes(rows)])
     right.set(title="by stage, median", xlabel="ms of CPU time")
@@ -92,7 +92,7 @@ def _services_full(figure: Any, rows: Sequence[Row]) -> None:
     if largest >= 10_000:
         left.axvline(1500, color="black", ls="--", lw=1, label="target for the agent at 10,000: 1,500 ms")
         left.axvline(REFERENCE_FULL_MS, color=GREY, lw=3, label=REFERENCE.replace("\n", " "))
-    left.legend(fontsize=7.5, loc="upper right", framealpha=1)
+    _legend_below(left, 3)
     points = _points(rows, "first sync", "peak RSS")
     names = [f"{n:,}" for n, _ in points]
     right.bar(names, [value for _, value in points], color=BLUE, width=0.5, label="peak RSS")
@@ -104,8 +104,7 @@ def _services_full(figure: Any, rows: Sequence[Row]) -> None:
         right.axhline(200, color="black", ls="--", lw=1, label="target at 10,000: 200 MB")
         right.axhline(REFERENCE_RSS_MB, color=GREY, lw=3, label=REFERENCE)
     right.set(title="memory", ylabel="MB", xlabel="Services, 3 endpoints each")
-    right.margins(y=0.35)
-    right.legend(fontsize=7.5, loc="upper left")
+    _legend_below(right, 2)
 
 
 # -- lab-up and drift-repair -------------------------------------------------------------------------------------------
@@ -134,15 +133,19 @@ def _lab_up(figure: Any, rows: Sequence[Row]) -> None:
 
 def _drift_repair(figure: Any, rows: Sequence[Row]) -> None:
     left, right = figure.subplots(1, 2)
-    values = {row.metric: row.value for row in rows}
     services = int(rows[0].params["services"])
-    _named_bars(left, {"median": values["until back median"], "longest": values["until back longest"]}, BLUE)
+    names = list(dict.fromkeys(row.name for row in rows if row.metric == "until back median"))
+    for metric, shift, colour in (("until back median", -0.18, BLUE), ("until back longest", 0.18, "#63a8dc")):
+        _bars(left, {name: _value(rows, name, metric) for name in names}, colour, shift, metric)
     left.axhline(5000, color="black", ls="--", lw=1)
     left.annotate("target: 5,000 ms", (-0.4, 5000), (0, 3), textcoords="offset points", fontsize=8)
-    left.set(title=f"iptables -t nat -F at {services:,} Services: until all is back", ylabel="ms", ylim=(0, 5600))
-    _named_bars(right, {"this repair": values["text size"], "first full sync": values["first sync's text"]}, GREEN)
-    right.set(title="text written", ylabel="bytes")
-    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    left.set(title=f"{services:,} Services: until all is back", ylabel="ms", ylim=(0, 5600))
+    _legend_below(left, 2)
+    texts = {"first sync": _value(rows, "first sync", "text size")} | {n: _value(rows, n, "text size") for n in names}
+    _bars(right, texts, GREEN)
+    right.set(title="text written", ylabel="bytes", yscale="log")
+    right.margins(y=0.15)
+    _plain(right.yaxis)
 
 
 # -- shared ------------------------------------------------------------------------------------------------------------
@@ -173,18 +176,30 @@ def _stage_bars(axes: Any, bars: Sequence[tuple[str, dict[str, float]]]) -> None
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.tick_params(axis="y", labelsize=8)
-    axes.legend(fontsize=7.5, loc="lower right")
+    _legend_below(axes, 3)
 
 
-def _named_bars(axes: Any, values: dict[str, float], colour: str) -> None:
-    axes.bar(list(values), list(values.values()), color=colour, width=0.45)
-    for i, value in enumerate(values.values()):
-        axes.annotate(number(value), (i, value), (0, 3), textcoords="offset points", ha="center", fontsize=9)
+def _bars(axes: Any, values: dict[str, float], colour: str, shift: float = 0.0, label: str = "") -> None:
+    """Draw an upright bar for each name, its value on top; several sets stand side by side with different shifts."""
+    places = [i + shift for i in range(len(values))]
+    axes.bar(places, list(values.values()), 0.34, color=colour, label=label)
+    for place, value in zip(places, values.values(), strict=True):
+        axes.annotate(number(value), (place, value), (0, 3), textcoords="offset points", ha="center", fontsize=9)
+    axes.set_xticks(range(len(values)), list(values))
+
+
+def _value(rows: Sequence[Row], name: str, metric: str) -> float:
+    return next(row.value for row in rows if (row.name, row.metric) == (name, metric))
+
+
+def _legend_below(axes: Any, columns: int) -> None:
+    """Put the legend where no figure can be under it."""
+    axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=columns, frameon=False)
 
 
 def _plain(axis: Any) -> None:
     """Print 1,000 rather than 10^3."""
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
     axis.set_minor_formatter(NullFormatter())
 
 

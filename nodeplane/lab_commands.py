@@ -6,6 +6,7 @@ The lab itself is ``netnslab``; this module reads arguments, says how far things
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -147,8 +148,13 @@ def _say_problems(state: Any) -> None:
 def _down(args: argparse.Namespace) -> int:
     names = _lab("state").lab_names() if args.all else [args.name]
     for name in names:
-        _lab("lab").down(name, lambda text, name=name: print(f"lab {name}: {text}", file=sys.stderr))  # type: ignore[misc]
+        progress = functools.partial(_say_of, name)
+        _lab("lab").down(name, progress)
     return 0
+
+
+def _say_of(name: str, text: str) -> None:
+    print(f"lab {name}: {text}", file=sys.stderr)
 
 
 # -- looking ---------------------------------------------------------------------------------------------------------

@@ -127,13 +127,12 @@ def _backend(raw: object, on: bool, on6: bool) -> Backend:
         return VxlanBackend()
     if not isinstance(raw, Mapping):
         raise NetConfError("Backend", f"must be an object, is {raw!r}")
-    every = tuple(dict.fromkeys(key for keys in _BACKEND_KEYS.values() for key in keys))
-    kind = _Fields({k: v for k, v in raw.items() if str(k).lower() == "type"}, "Backend.", every).get("Type")
-    kind = kind.lower() if isinstance(kind, str) else kind
+    stated = _Fields({k: v for k, v in raw.items() if str(k).lower() == "type"}, "Backend.", ("Type",)).get("Type")
+    kind = stated.lower() if isinstance(stated, str) else ""
     if kind not in _BACKEND_KEYS:
-        reason = "must be given" if kind is None else f"is {kind!r}"
+        reason = "must be given" if stated is None else f"is {stated!r}"
         raise NetConfError("Backend.Type", f"{reason}; there are {', '.join(_BACKEND_KEYS)}")
-    fields = _Fields(raw, "Backend.", _BACKEND_KEYS[str(kind)])
+    fields = _Fields(raw, "Backend.", _BACKEND_KEYS[kind])
     if kind == "host-gw":
         return HostGwBackend()
     backend = VxlanBackend(

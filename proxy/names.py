@@ -20,18 +20,12 @@ _PAIRS = [a + b for a in _ALPHABET for b in _ALPHABET]
 
 
 def hash16(text: str) -> str:
-    """Return the first 16 characters of the RFC 4648 base32 form of ``text``'s SHA-256 (its first 80 bits)."""
-    bits = int.from_bytes(sha256(text.encode()).digest()[:10], "big")
-    pairs = _PAIRS
+    """Return the first 16 characters of the RFC 4648 base32 form of ``text``'s SHA-256: its first 80 bits, in two halves."""
+    digest, p = sha256(text.encode()).digest(), _PAIRS
+    a, b = int.from_bytes(digest[:5], "big"), int.from_bytes(digest[5:10], "big")
     return (
-        pairs[bits >> 70]
-        + pairs[bits >> 60 & 1023]
-        + pairs[bits >> 50 & 1023]
-        + pairs[bits >> 40 & 1023]
-        + pairs[bits >> 30 & 1023]
-        + pairs[bits >> 20 & 1023]
-        + pairs[bits >> 10 & 1023]
-        + pairs[bits & 1023]
+        f"{p[a >> 30]}{p[a >> 20 & 1023]}{p[a >> 10 & 1023]}{p[a & 1023]}"
+        f"{p[b >> 30]}{p[b >> 20 & 1023]}{p[b >> 10 & 1023]}{p[b & 1023]}"
     )
 
 

@@ -28,7 +28,8 @@ class Prefix(msgspec.Struct, frozen=True, gc=False, order=True):
     @classmethod
     def host(cls, address: IPAddress) -> Prefix:
         """Return the /32 or /128 of one address."""
-        return cls(address.version, int(address), address.max_prefixlen)
+        family = address.version
+        return cls(family, int(address), BITS[family])
 
     @classmethod
     def of(cls, network: IPNetwork) -> Prefix:

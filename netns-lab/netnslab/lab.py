@@ -39,9 +39,8 @@ def up(name: str, topology: Topology, given: Given, say: Say, *, timeout: float 
         agents.node_config(topology, node.name)
     state = LabState(names.check_lab_name(name), topology, list(given.values()))
     objects = plan_pods(state, given)
-    taken = sorted(set(state.all_netns()) & set(netns.names()))
-    if taken:
-        raise LabError(f"network namespace {taken[0]} exists already and is not this lab's")
+    states.refuse_second(name)
+    _refuse_taken(state.all_netns())
     states.make_root(name)
     with states.locked(name):
         try:
@@ -52,6 +51,13 @@ def up(name: str, topology: Topology, given: Given, say: Say, *, timeout: float 
             _take_down(name, state, lambda _: None)
             raise
     return state
+
+
+def _refuse_taken(wanted: Iterable[str]) -> None:
+    """Refuse names that somebody else's namespaces have: another lab's, perhaps, whose name ends as one of ours begins."""
+    taken = sorted(set(wanted) & set(netns.names()))
+    if taken:
+        raise LabError(f"network namespace {taken[0]} exists already and is not this lab's")
 
 
 def _make(state: LabState, objects: Given, say: Say, timeout: float) -> None:
@@ -163,6 +169,7 @@ def _put_into_effect(state: LabState, given: Given, memory: Memory, change: Chan
     before, unfinished = {p.key: p for p in state.pods}, set(state.unfinished)
     state.given = list(given.values())
     objects = plan_pods(state, given, memory)
+    _refuse_taken(p.netns for p in state.pods if p.key not in before and not p.host_network)
     wanted = list(state.pods)
     after = {p.key: p for p in wanted}
     gone = [p for key, p in before.items() if key not in after or key in unfinished or _is_another(p, after[key])]

@@ -53,12 +53,12 @@ def objects(state: LabState, kind: str) -> list[Raw]:
 
 
 def services(state: LabState) -> list[dict[str, Any]]:
-    """Return each Service with its addresses, ports and how many endpoints are ready."""
-    ready: dict[tuple[str, str], int] = {}
+    """Return each Service with its addresses, ports and how many endpoints are ready, a pod with two addresses counting once."""
+    ready: dict[tuple[str, str], set[str]] = {}
     for one in objects(state, "EndpointSlice"):
         key = (one["metadata"].get("namespace", "default"), (one["metadata"].get("labels") or {}).get(SERVICE_LABEL, ""))
-        count = sum((e.get("conditions") or {}).get("ready") is not False for e in one.get("endpoints") or [])
-        ready[key] = ready.get(key, 0) + count
+        up = [e for e in one.get("endpoints") or [] if (e.get("conditions") or {}).get("ready") is not False]
+        ready.setdefault(key, set()).update((e.get("targetRef") or {}).get("name") or e["addresses"][0] for e in up)
     return [
         {
             "namespace": service["metadata"].get("namespace", "default"),
@@ -74,7 +74,9 @@ def services(state: LabState) -> list[dict[str, Any]]:
                 }
                 for p in service["spec"].get("ports") or []
             ],
-            "ready_endpoints": ready.get((service["metadata"].get("namespace", "default"), service["metadata"]["name"]), 0),
+            "ready_endpoints": len(
+                ready.get((service["metadata"].get("namespace", "default"), service["metadata"]["name"]), ())
+            ),
         }
         for service in objects(state, "Service")
     ]

@@ -45,9 +45,9 @@ def read_plan(topology: str | None, objects: list[str], services: str | None, ov
 
 
 def _override(raw: dict[str, Any], table: str, key: str, value: str | None) -> None:
-    """Put an option over what the file states."""
-    if value is None:
+    """Put an option over what the file states; the options of another backend go with that."""
+    if value is None or raw.get(table, {}).get(key) == value:
         return
     if table == "overlay" and value not in {"vxlan", "host-gw"}:
         raise LabInputError(f"--overlay: must be vxlan or host-gw, is {value!r}")
-    raw[table] = {**raw.get(table, {}), key: value}
+    raw[table] = {**{k: v for k, v in raw.get(table, {}).items() if k != "options"}, key: value}

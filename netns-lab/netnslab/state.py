@@ -174,13 +174,20 @@ _MADE_NETNS_DIR = ".made-netns-dir"
 """Says that /run/netns was no mount before the first lab: so the last one takes the mount away again."""
 
 
+def refuse_second(name: str) -> None:
+    """Raise LabError if a lab of that name exists, whole or half made."""
+    if (LABS / name).exists():
+        raise LabError(f"lab {name!r} exists already; `nodeplane lab down --name {name}` takes it down")
+
+
 def make_root(name: str) -> None:
     """Make a lab's directory. Raises LabError if the lab exists."""
     LABS.mkdir(parents=True, exist_ok=True)
     try:
         (LABS / name).mkdir()
-    except FileExistsError:
-        raise LabError(f"lab {name!r} exists already; `nodeplane lab down --name {name}` takes it down") from None
+    except FileExistsError:  # made in the same moment by somebody else
+        refuse_second(name)
+        raise
     if not is_mount(netns.RUN_DIR):
         (LABS / _MADE_NETNS_DIR).touch()
 

@@ -27,7 +27,7 @@ from functools import lru_cache
 import msgspec
 
 from clusterstate.objects import IPAddress
-from kernelstate.objects.address import Family, Prefix
+from kernelstate.objects.address import BITS, Family, Prefix
 from kernelstate.objects.netfilter import (
     AddrType,
     ChainKey,
@@ -120,8 +120,7 @@ class _EntryWriter:
                 self._external_chain()
             if self.uses_firewall:
                 self._firewall_chain()
-            for backend in self.reachable:
-                self._endpoint(backend)
+            self._endpoints()
         return self.rules
 
     # -- where packets come in ---------------------------------------------------------------------------------------
@@ -238,20 +237,21 @@ class _EntryWriter:
         rules.append(Rule(None, (Comment(f"other traffic to {self.title} will be dropped by KUBE-PROXY-FIREWALL"),)))
         self._own(self.fw, rules)
 
-    def _endpoint(self, backend: Backend) -> None:
-        """Write KUBE-SEP: a pod that reaches itself through the Service is masqueraded, everybody is sent there."""
-        sep = self.seps[backend.name]
+    def _endpoints(self) -> None:
+        """Write KUBE-SEP: a pod that reaches itself through the Service is masqueraded, everybody is sent there.
+
+        Most of a large cluster's rules are made here: what does not differ between endpoints is made once.
+        """
+        family, bits, protocol = self.family, BITS[self.family], self.protocol
         comment = self._comments(self.title)
-        transport = _transport(self.protocol, 0)
-        to = Dnat(self.family, int(backend.address), backend.port)
-        remember = (Recent(sep, set=True),) if self.entry.affinity_seconds else ()
-        self._own(
-            sep,
-            [
-                Rule(TO_MARK_MASQ, comment, source=Prefix.host(backend.address)),
-                Rule(to, (*comment, *remember, transport), self.protocol),
-            ],
-        )
+        to_pod: tuple[Match, ...] = (*comment, _transport(protocol, 0))
+        for backend in self.reachable:
+            sep, number = self.seps[backend.name], int(backend.address)
+            matches = (*comment, Recent(sep, set=True), to_pod[-1]) if self.entry.affinity_seconds else to_pod
+            self.rules.chains[ChainKey(family, "nat", sep)] = (
+                Rule(TO_MARK_MASQ, comment, "", Prefix(family, number, bits)),
+                Rule(Dnat(family, number, backend.port), matches, protocol),
+            )
 
     # -- small change ------------------------------------------------------------------------------------------------
 

@@ -226,7 +226,8 @@ def test_bad_input_changes_nothing(three: str, tmp_path: Path) -> None:
     done = nodeplane("lab", "probe", "--name", three, "--probes", str(file), check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert '[0].from: must be a pod as namespace/name, node:NAME or external, is "default/nobody"' in done.stderr
-    assert nodeplane("lab", "up", "--name", three, check=False).returncode == 1
+    again = nodeplane("lab", "up", "--name", three, check=False)
+    assert (again.returncode, f"lab {three!r} exists already" in again.stderr) == (1, True)
     assert (states.LABS / three / "state.json").read_bytes() == before
 
 
@@ -329,6 +330,25 @@ def test_labs_side_by_side(name: str, three: str, tmp_path: Path) -> None:
     nodeplane("lab", "down", "--name", name)
     assert left_of(name) == []
     assert [a["answered_by"] for a in try_out(three, tmp_path, *asked)] == [f"default/hostnames-{i}" for i in (2, 3, 4)]
+
+
+def test_host_gw_over_two_segments_is_said_not_to_work(name: str, tmp_path: Path) -> None:
+    """With host-gw the agents name the nodes behind the router that they cannot reach; those on the segment are reached."""
+    up = nodeplane("lab", "up", "--name", name, "--topology", "two-segments", "--overlay", "host-gw")
+    assert "node-3" in up.stderr.partition("is up")[2]
+    asked = [{"from": "default/hostnames-1", "to": f"default/hostnames-{i}", "port": 9376, "timeout": 0.5} for i in (2, 3, 4)]
+    answers = try_out(name, tmp_path, *asked)
+    assert [a["answered_by"] for a in answers] == ["default/hostnames-2", None, None]
+
+
+@pytest.mark.parametrize(("nodes", "pods", "seconds"), [(3, 30, 15.0), (10, 100, 60.0)])
+def test_labs_come_up_in_time(name: str, tmp_path: Path, nodes: int, pods: int, seconds: float) -> None:
+    """Three nodes with 30 pods are in sync within 15 s, ten with 100 within 60 s, on two cores."""
+    file = tmp_path / "t.toml"
+    file.write_text("".join(f'[[nodes]]\nname = "n{i}"\n' for i in range(nodes)) + f'[[pods]]\nname = "p"\nreplicas = {pods}\n')
+    started = time.monotonic()
+    nodeplane("lab", "up", "--name", name, "--topology", str(file))
+    assert time.monotonic() - started < seconds
 
 
 def test_demo() -> None:

@@ -11,9 +11,11 @@ import pytest
 from clusterstate.objects import ObjectRef
 from netnslab import names
 from netnslab.agents import node_config
+from netnslab.demo import one_way
 from netnslab.errors import LabInputError
 from netnslab.plan import read_plan
 from netnslab.topology import BUNDLED, load_topology, parse_topology
+from nodeplane.lab_commands import split_command
 
 NODES = [{"name": "n1"}, {"name": "n2"}]
 
@@ -133,3 +135,31 @@ def test_names_are_short_and_unique() -> None:
     assert len(names.pod_netns("a", "default", "x" * 253)) < 255
     with pytest.raises(LabInputError, match=r"--name: must be .*, is 'A_b'"):
         names.check_lab_name("A_b")
+
+
+def test_another_backend_leaves_the_options_of_the_files(tmp_path: Path) -> None:
+    """``--overlay`` with another backend than the file's drops that one's options; with the same one they stay."""
+    overlays = [read_plan("two-segments", [], None, stated).topology.overlay for stated in (None, "vxlan", "host-gw")]
+    direct = {"DirectRouting": True}
+    assert [(o.backend, o.options) for o in overlays] == [("vxlan", direct), ("vxlan", direct), ("host-gw", {})]
+
+
+def test_a_program_comes_after_two_dashes() -> None:
+    """What follows the place in `lab exec` is options up to ``--``, then the program with dashes of its own."""
+    assert split_command(["--name", "l", "--", "ip", "--", "x"]) == (["--name", "l"], ["ip", "--", "x"])
+    assert split_command(["ip", "-br", "addr"]) == ([], ["ip", "-br", "addr"])
+    assert split_command([]) == ([], [])
+
+
+def test_an_explanation_is_shortened_to_one_way() -> None:
+    """Of an explanation's ways the demo keeps the last, without comments; one without any stays whole."""
+    lines = [
+        "head",
+        "  a with probability 0.5:",
+        "    x",
+        "  b with probability 0.5:",
+        '    -A C -m comment --comment "a b" -j D',
+        "agree",
+    ]
+    assert one_way(lines) == ["head", "  b with probability 0.5:", "    -A C -j D", "agree"]
+    assert one_way(["dropped", "agree"]) == ["dropped", "agree"]

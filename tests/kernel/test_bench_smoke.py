@@ -1,0 +1,46 @@
+"""Every benchmark runs at a tiny size and hands over results in the form that scripts read; no figure is judged."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+
+import pytest
+
+from bench import drift_repair, lab_up, services_change, services_full
+from bench.run import BENCHMARKS, run
+from kernelstate.linux import netns
+
+pytestmark = pytest.mark.kernel
+
+TINY = {
+    "services-change": (services_change, {"changes": 2}, 4),
+    "services-full": (services_full, {"repeats": 1}, 4),
+    "lab-up": (lab_up, {"sizes": ((2, 2),)}, None),
+    "drift-repair": (drift_repair, {"repeats": 1}, 4),
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmark_runs(name, tmp_path, monkeypatch, capsys):
+    """The benchmark's JSON on stdout and in its file are the same and as promised, its picture is there, its namespaces are not."""
+    module, size, services = TINY[name]
+    monkeypatch.setattr(module, "measure", partial(module.measure, **size))
+    before = set(netns.names())
+    args = argparse.Namespace(name=name, services=services, mode="iptables", results=tmp_path, output="json")
+    assert run(args) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((tmp_path / f"{name}.json").read_bytes())
+    assert set(result) == {"bench", "machine", "rows"}
+    assert set(result["machine"]) == {"kernel", "cpu", "commit", "command"}
+    assert (result["bench"], result["machine"]["command"].split()[:3]) == (name, ["nodeplane", "bench", name])
+    assert result["rows"]
+    for row in result["rows"]:
+        assert set(row) == {"name", "mode", "params", "metric", "value", "unit", "baseline_ratio"}
+        assert row["mode"] == "iptables"
+        assert isinstance(row["value"], int | float)
+        assert row["value"] >= 0
+        assert (row["baseline_ratio"] is None) == ("baseline" not in row["params"])
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not {n for n in set(netns.names()) - before if n.startswith("np-bench-")}

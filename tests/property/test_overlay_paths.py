@@ -1,0 +1,112 @@
+"""For generated clusters the rendered state sends packets where the oracle says, and conflicts have one outcome."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_interface
+
+from hypothesis import given
+from hypothesis import strategies as st
+from immutables import Map
+from overlay_worlds import clusters
+
+from clusterstate.snapshot import Snapshot
+from kernelstate.diff_links import diff_links, index, key_of
+from kernelstate.objects.links import LinkState, Uplink
+from kernelstate.simulate_links import Leaving, simulate_links
+from overlay.compile import compile_peers
+from overlay.netconf import NetConf
+from overlay.oracle import Path, path_of
+from overlay.render.hostgw import render_hostgw
+from overlay.render.vxlan import render_vxlan
+from overlay.table import PeerTable
+
+Cluster = tuple[Snapshot, NetConf]
+ADDRESSES = st.one_of(
+    st.builds(lambda a, b: ip_address(f"10.244.{a}.{b}"), st.integers(0, 13), st.integers(0, 255)),
+    st.builds(lambda a, b: ip_address(f"fd00:244:0:{a:x}::{b:x}"), st.integers(0, 13), st.integers(0, 255)),
+    st.builds(lambda a, b: ip_address(f"192.168.{a}.{b}"), st.integers(1, 3), st.integers(1, 9)),
+    st.ip_addresses(),
+)
+
+
+def seen_from(cluster: Cluster, name: str) -> PeerTable:
+    snapshot, conf = cluster
+    addresses = tuple(ip_interface(f"{a.ip}/{24 if a.ip.version == 4 else 64}") for a in snapshot.nodes[name].addresses)
+    return compile_peers(snapshot, name, conf, Uplink("eth0", addresses))
+
+
+def rendered(table: PeerTable) -> LinkState:
+    return render_vxlan(table) if table.net_conf.backend.type == "vxlan" else render_hostgw(table)
+
+
+def expected(table: PeerTable, path: Path) -> Leaving | None:
+    """Translate the oracle's answer: which next hop, and through which link."""
+    if path.kind not in {"vxlan", "host-gw"}:
+        return None
+    (peer,) = [p for p in table.peers if p.node == path.peer]
+    (way,) = [w for w in peer.ways if path.why.startswith(f"inside {w.pod_cidr} ")]
+    tunnel = path.kind == "vxlan"
+    link = table.net_conf.backend.link_name(way.family) if tunnel else "eth0"  # type: ignore[union-attr]
+    return Leaving(link, way.public_ip, tunnel=tunnel)
+
+
+@given(clusters(), st.lists(ADDRESSES, min_size=1, max_size=30))
+def test_render_meets_oracle(cluster: Cluster, destinations: list) -> None:
+    """Route, neighbour and forwarding entry lead each packet to the node that the oracle names, by the way it names."""
+    table = seen_from(cluster, "n0")
+    state = rendered(table)
+    for destination in destinations:
+        assert simulate_links(state, destination) == expected(table, path_of(table, destination))
+
+
+@given(clusters(), st.randoms(use_true_random=False))
+def test_order_of_nodes_is_irrelevant(cluster: Cluster, random) -> None:
+    """The table is the same whatever the order in which nodes came."""
+    snapshot, conf = cluster
+    nodes = list(snapshot.nodes.items())
+    random.shuffle(nodes)
+    assert seen_from((Snapshot(nodes=Map(nodes)), conf), "n0") == seen_from(cluster, "n0")
+
+
+@given(clusters())
+def test_every_node_is_peer_or_problem(cluster: Cluster) -> None:
+    """Nobody is left out in silence: in each family a node is a way or a problem, unless this node has no end of its own."""
+    table = seen_from(cluster, "n0")
+    for name in sorted(cluster[0].nodes):
+        for family in table.net_conf.families:
+            ways = [w for p in table.peers if p.node == name for w in p.ways if w.family == family]
+            own = name == "n0" and table.own_way(family) is not None
+            told = [p for p in table.problems if p.node == name]
+            assert ways or own or told or table.own_way(family) is None
+
+
+@given(clusters())
+def test_both_ends_agree(cluster: Cluster) -> None:
+    """What one end takes for a peer's address and MAC is what the peer gives its own end, where neither is left out."""
+    table = seen_from(cluster, "n0")
+    for peer in table.peers:
+        theirs = seen_from(cluster, peer.node)
+        for way in peer.ways:
+            end = theirs.own_way(way.family)
+            assert end is not None
+            assert (end.public_ip, end.pod_cidr) == (way.public_ip, way.pod_cidr)
+            assert way.vtep is None or end.vtep == way.vtep
+
+
+@given(clusters(), clusters())
+def test_changes_lead_from_one_state_to_the_other(before: Cluster, after: Cluster) -> None:
+    """Doing the difference, in order and with links taking along what lies on them, gives the desired state and no more."""
+    have, want = rendered(seen_from(before, "n0")), rendered(seen_from(after, "n0"))
+    kernel = index(have)
+    for change in diff_links(want, have):
+        obj = change.obj
+        if change.verb == "delete":
+            kernel.pop(key_of(obj))
+            if hasattr(obj, "name"):
+                kernel = {k: o for k, o in kernel.items() if getattr(o, "link", None) != obj.name}
+        else:
+            if hasattr(obj, "link") and obj.link != "eth0":
+                assert ("link", obj.link) in kernel
+            kernel[key_of(obj)] = obj
+    assert LinkState.of(list(kernel.values())) == want
+    assert diff_links(want, want) == ()

@@ -1,0 +1,243 @@
+"""The agent's rounds, with everything around it in memory."""
+
+import os
+from ipaddress import ip_address, ip_network
+
+import pytest
+from immutables import Map
+
+from clusterstate.objects import Endpoint, EndpointPort, EndpointSlice, Node, NodeAddress, ObjectRef, Service, ServicePort
+from clusterstate.snapshot import Snapshot, Update
+from kernelstate.errors import KernelRefusedError
+from kernelstate.fake import FakeNetfilter
+from kernelstate.objects.address import Prefix
+from kernelstate.ports import ConntrackEntry
+from kernelstate.reconcile import NetfilterReconciler
+from nodeplane.agent import Agent
+from nodeplane.config import parse_config
+from nodeplane.pipeline import OWNERSHIP, HostFacts, Pipeline
+from nodeplane.status import Status
+
+CONFIG = parse_config(
+    {
+        "apiVersion": "nodeplane.dev/v1alpha1",
+        "kind": "NodeConfiguration",
+        "nodeName": "n1",
+        "services": {"clusterCIDR": "10.244.0.0/16", "iptables": {"minSyncPeriod": "0.001s"}},
+    }
+)
+
+
+def cluster(revision, *pods, protocol="TCP", name="web"):
+    """Return a snapshot of one Service with these pods."""
+    service = Service("default", name, cluster_ips=(ip_address("10.96.0.10"),), ports=(ServicePort("p", protocol, 80, 80),))
+    one = EndpointSlice(
+        "default", name, name, 4, tuple(Endpoint(ip_address(p), node="n1") for p in pods), (EndpointPort("p", protocol, 80),)
+    )
+    node = Node("n1", (NodeAddress("InternalIP", ip_address("192.168.1.1")),), (ip_network("10.244.1.0/24"),))
+    return Snapshot(
+        revision,
+        Map({("default", name): service}),
+        Map({("default", name): Map({one.ref: one})}),
+        Map({"n1": node}),
+    )
+
+
+def changed(snapshot, name="web"):
+    """Return the update that a source reports for a change of the Service's slice."""
+    return Update(snapshot, frozenset({ObjectRef("EndpointSlice", "default", name)}), (), frozenset({("default", name)}))
+
+
+class Source:
+    """Hands out updates one by one; readable while there are some."""
+
+    def __init__(self, first, *later):
+        self.first, self.later = first, list(later)
+        self.read, self.write = os.pipe()
+        for _ in later:
+            os.write(self.write, b"x")
+
+    def load(self):
+        return Update(self.first, None)
+
+    def fileno(self):
+        return self.read
+
+    def poll(self):
+        if not self.later:
+            return None
+        os.read(self.read, 1)
+        return self.later.pop(0)
+
+    def close(self):
+        os.close(self.read)
+        os.close(self.write)
+
+
+class Host:
+    """A machine with one address and no events."""
+
+    def __init__(self):
+        self.read, self.write = os.pipe()
+        self.addresses = (Prefix.parse("192.168.1.1/32"),)
+        self.prepared = 0
+
+    def facts(self, node):
+        return HostFacts(self.addresses)
+
+    def prepare(self, desired):
+        self.prepared += 1
+        return ()
+
+    def fileno(self):
+        return self.read
+
+    def changed(self):
+        os.read(self.read, 1)
+        return True
+
+    def close(self):
+        os.close(self.read)
+        os.close(self.write)
+
+
+class Flows:
+    """A connection tracking table in memory."""
+
+    def __init__(self, *entries):
+        self.held = list(entries)
+        self.fail = False
+
+    def entries(self, family, protocol):
+        if self.fail:
+            raise KernelRefusedError("dump", "conntrack", "Device or resource busy")
+        return [e for e in self.held if e.family == family]
+
+    def delete(self, entries):
+        self.held = [e for e in self.held if e not in entries]
+        return len(entries)
+
+
+@pytest.fixture
+def make():
+    """Make agents around a fake packet filter; everything is closed afterwards."""
+    made = []
+
+    def build(source, flows=None, netfilter=None):
+        netfilter = netfilter or FakeNetfilter()
+        host = Host()
+        published = []
+        agent = Agent(
+            pipeline=Pipeline(CONFIG),
+            source=source,
+            host=host,
+            netfilter=NetfilterReconciler(netfilter, OWNERSHIP),
+            links=None,
+            conntrack=flows,
+            publish=published.append,
+            status=Status(pid=1, node="n1", mode="iptables"),
+        )
+        made.extend([source, host])
+        return agent, netfilter, published
+
+    yield build
+    for one in made:
+        one.close()
+
+
+def run_until(agent, condition, seconds=5.0):
+    """Run the agent's loop until a condition holds."""
+    import time  # noqa: PLC0415
+
+    read, write = os.pipe()
+    end = time.monotonic() + seconds
+    agent.run(lambda: condition() or time.monotonic() > end, read)
+    os.close(read)
+    os.close(write)
+    assert condition()
+
+
+def test_first_snapshot_is_programmed(make):
+    """Start loads the first snapshot, writes it, and says so."""
+    agent, netfilter, published = make(Source(cluster(1, "10.244.1.5")))
+    assert netfilter.applied == []
+    agent.start()
+    assert len(netfilter.applied) == 1
+    assert published[-1].synced
+    assert (published[-1].services, published[-1].endpoints) == (1, 1)
+
+
+def test_burst_is_one_write(make):
+    """Changes that come together are written together, the newest only."""
+    later = [changed(cluster(n, f"10.244.1.{n}")) for n in range(2, 12)]
+    agent, netfilter, published = make(Source(cluster(1, "10.244.1.5"), *later))
+    agent.start()
+    run_until(agent, lambda: published[-1].revision == 11)
+    assert len(netfilter.applied) == 2
+    assert "10.244.1.11:80" in netfilter.applied[-1][1]
+
+
+def test_refused_write_is_retried(make, monkeypatch):
+    """What the kernel refuses is reported, and tried again until it is in."""
+    monkeypatch.setattr("nodeplane.agent.RETRY", 0.01)
+    netfilter = FakeNetfilter()
+    netfilter.fail_next = 1000
+    agent, _, published = make(Source(cluster(1, "10.244.1.5")), netfilter=netfilter)
+    agent.start()
+    assert not published[-1].synced
+    assert published[-1].errors
+    netfilter.fail_next = 0
+    run_until(agent, lambda: published[-1].synced)
+    assert published[-1].errors == ()
+
+
+def test_foreign_flush_is_repaired(make, monkeypatch):
+    """Somebody else's flush is noticed by the loop itself."""
+    monkeypatch.setattr("nodeplane.agent.DRIFT_CHECK", 0.01)
+    agent, netfilter, _ = make(Source(cluster(1, "10.244.1.5")))
+    agent.start()
+    before = netfilter.observe(4)
+    netfilter.flush(4, "nat")
+    assert netfilter.observe(4) != before
+    run_until(agent, lambda: netfilter.observe(4) == before)
+
+
+def test_stale_udp_flow_survives_a_failed_flush(make, monkeypatch):
+    """A flow that could not be deleted is deleted at the next try, and a living one never."""
+    monkeypatch.setattr("nodeplane.agent.RETRY", 0.01)
+    dead = ConntrackEntry(4, "udp", 1, int(ip_address("10.96.0.10")), 9, 80, int(ip_address("10.244.1.5")), 80)
+    alive = ConntrackEntry(4, "udp", 1, int(ip_address("10.96.0.10")), 8, 80, int(ip_address("10.244.1.6")), 80)
+    flows = Flows(dead, alive)
+    first, second = cluster(1, "10.244.1.5", "10.244.1.6", protocol="UDP"), cluster(2, "10.244.1.6", protocol="UDP")
+    agent, _, published = make(Source(first), flows)
+    agent.start()
+    assert flows.held == [dead, alive]
+    flows.fail = True
+    agent.take(changed(second))
+    assert not agent.sync()
+    flows.fail = False
+    run_until(agent, lambda: flows.held == [alive])
+    assert published[-1].synced
+
+
+def test_change_writes_only_what_it_touches(make):
+    """One endpoint more: its chain and the pool's chain are written, nothing else."""
+    agent, netfilter, _ = make(Source(cluster(1, "10.244.1.5")))
+    agent.start()
+    agent.take(changed(cluster(2, "10.244.1.5", "10.244.1.6")))
+    agent.sync()
+    text = netfilter.applied[-1][1]
+    assert sum(line.startswith(":KUBE-SEP-") for line in text.splitlines()) == 1
+    assert sum(line.startswith(":KUBE-SVC-") for line in text.splitlines()) == 1
+    assert sum(line.startswith(":") for line in text.splitlines()) == 2
+
+
+def test_vanished_node_keeps_services(make):
+    """Without its Node object the agent goes on with Services and says what it misses."""
+    agent, netfilter, published = make(Source(cluster(1, "10.244.1.5")))
+    agent.start()
+    snapshot = cluster(2, "10.244.1.5")
+    agent.take(Update(Snapshot(2, snapshot.services, snapshot.slices), None))
+    agent.sync()
+    assert any("Node n1 is not among the objects" in p for p in published[-1].problems)
+    assert any(k.name.startswith("KUBE-SEP-") for k in netfilter.observe(4).chains)

@@ -1,0 +1,121 @@
+"""Configuration files: what they say is taken, what they get wrong is named by path and value."""
+
+import pytest
+
+from kernelstate.objects.address import Prefix
+from nodeplane.config import ConfigError, load_config, parse_config
+
+NODE = {"apiVersion": "nodeplane.dev/v1alpha1", "kind": "NodeConfiguration", "nodeName": "n1"}
+KUBE_PROXY = {"apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration"}
+
+
+def node(**fields):
+    """Return a NodeConfiguration with these fields."""
+    return NODE | fields
+
+
+def test_plain_kube_proxy_configuration():
+    """A KubeProxyConfiguration as kube-proxy reads it is understood as it is."""
+    config = parse_config(
+        KUBE_PROXY
+        | {
+            "mode": "iptables",
+            "clusterCIDR": "10.244.0.0/16,fd00:10:244::/56",
+            "hostnameOverride": "Worker-1",
+            "iptables": {"masqueradeAll": True, "masqueradeBit": 10, "syncPeriod": "1m30s", "minSyncPeriod": "0s"},
+            "conntrack": {"tcpBeLiberal": True, "maxPerCore": 32768},
+            "nodePortAddresses": ["primary"],
+            "detectLocalMode": "BridgeInterface",
+            "detectLocal": {"bridgeInterface": "cni0"},
+            "clientConnection": {"kubeconfig": "/var/lib/kube-proxy/kubeconfig.conf"},
+        }
+    )
+    settings = config.services
+    assert config.node_name == "worker-1"
+    assert (config.sync_period, config.min_sync_period) == (90.0, 1.0)
+    assert settings.cluster_cidrs == (Prefix.parse("10.244.0.0/16"), Prefix.parse("fd00:10:244::/56"))
+    assert (settings.mark, settings.masquerade_all, settings.tcp_be_liberal) == (1 << 10, True, True)
+    assert (settings.node_port_addresses, settings.detect_local_mode) == ("primary", "BridgeInterface")
+    assert config.notes == (
+        "clientConnection is stated and changes nothing in this version",
+        "conntrack.maxPerCore is stated and changes nothing in this version",
+    )
+
+
+def test_overlay_section():
+    """The overlay's net-conf fields and our own beside them are both taken."""
+    config = parse_config(
+        node(
+            overlay={
+                "Network": "10.244.0.0/16",
+                "Backend": {"Type": "host-gw"},
+                "iface": "eth1",
+                "noMasquerade": ["10.0.0.0/8"],
+            }
+        )
+    )
+    assert config.overlay.net_conf.backend.type == "host-gw"
+    assert (config.overlay.iface, config.overlay.no_masquerade) == ("eth1", (Prefix.parse("10.0.0.0/8"),))
+    assert parse_config(node()).overlay is None
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ([], "must be a NodeConfiguration or a KubeProxyConfiguration, is list"),
+        ({"kind": "Pod"}, "kind: must be NodeConfiguration or KubeProxyConfiguration, is 'Pod'"),
+        (NODE | {"apiVersion": "v1"}, "apiVersion: must be nodeplane.dev/v1alpha1, is 'v1'"),
+        (node(servces={}), "servces: unknown field; there are"),
+        (node(services={"clusterCIRD": "10.0.0.0/8"}), "services.clusterCIRD: unknown field"),
+        (
+            node(services={"iptables": {"masqueradeBit": "x"}}),
+            "services.iptables.masqueradeBit: expected `int | null`, got `str` (is 'x')",
+        ),
+        (
+            node(services={"iptables": {"masqueradeBit": 32}}),
+            "services.iptables.masqueradeBit: must be between 0 and 31, is 32",
+        ),
+        (
+            node(services={"iptables": {"syncPeriod": "30"}}),
+            "services.iptables.syncPeriod: must be a duration such as 30s or 1m, is '30'",
+        ),
+        (
+            node(services={"iptables": {"syncPeriod": "1s", "minSyncPeriod": "2s"}}),
+            "services.iptables.minSyncPeriod: must not be greater than syncPeriod, is 2 s",
+        ),
+        (node(services={"mode": "ipvs"}), "services.mode: must be one of iptables, is 'ipvs'"),
+        (node(services={"clusterCIDR": "10.244.0.0/33"}), "services.clusterCIDR: must be a CIDR, is '10.244.0.0/33'"),
+        (
+            node(services={"nodePortAddresses": ["primary", "10.0.0.0/8"]}),
+            "services.nodePortAddresses: primary stands alone or not at all, is ['primary', '10.0.0.0/8']",
+        ),
+        (node(services={"nodePortAddresses": ["10.0.0.0/8", "x"]}), "services.nodePortAddresses[1]: must be a CIDR, is 'x'"),
+        (
+            node(services={"detectLocalMode": "BridgeInterface"}),
+            "services.detectLocal.bridgeInterface: must be set with detectLocalMode BridgeInterface",
+        ),
+        (
+            node(policy={"enabled": True}),
+            "policy.enabled: NetworkPolicy is not enforced by this version; must be false or left out",
+        ),
+        (node(iptablesVariant="ebtables"), "iptablesVariant: must be auto, legacy or nft, is 'ebtables'"),
+        (node(overlay={"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec"}}), "overlay.Backend.Type"),
+        (node(overlay={"Network": "nonsense"}), "overlay.Network"),
+        (node(overlay={"Network": "10.244.0.0/16", "ifaces": "eth0"}), "overlay.ifaces"),
+    ],
+)
+def test_errors_name_path_and_value(raw, message):
+    """Each mistake gets one line with the path and what stands there."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(raw)
+    assert str(caught.value).startswith(message)
+
+
+def test_errors_name_the_file(tmp_path):
+    """A file that is missing, or is not YAML, is named."""
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    for path in (broken, tmp_path / "missing.yaml"):
+        with pytest.raises(ConfigError) as caught:
+            load_config(path)
+        assert str(caught.value).startswith(f"{path}: ")
