@@ -117,6 +117,8 @@ def print_spec(rule: Rule) -> str:
     target = rule.target
     if type(target) is Jump and not target.goto:
         return f"{text} -j {target.chain}"
+    if type(target) is Dnat:  # with jumps, nearly all there are
+        return f"{text} -j DNAT --to-destination {_endpoint(target.family, target.address, target.port)}"
     return text + _target(target) if target is not None else text
 
 

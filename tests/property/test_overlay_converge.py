@@ -48,21 +48,25 @@ class Links(RuleBasedStateMachine):
 
     @rule(peers=PEERS, vni=st.integers(0, 2))
     def change(self, peers: set[int], vni: int) -> None:
+        """Want something else."""
         self.want = desired(peers, vni)
         self.reconciler.set_desired(self.want)
 
     @rule()
     def sync(self) -> None:
+        """Sync as the agent does."""
         self.reconciler.sync()
 
     @rule(data=st.data())
     def somebody_deletes(self, data: st.DataObject) -> None:
+        """Somebody deletes one object of ours."""
         own = [o for o in self.kernel.objects.values() if o != FOREIGN and getattr(o, "name", "") != "eth0"]
         if own:
             self.kernel.take(data.draw(st.sampled_from(sorted(own, key=str))))
 
     @rule(data=st.data())
     def somebody_changes(self, data: st.DataObject) -> None:
+        """Somebody sets a neighbour to another MAC, or to one that expires."""
         neighbours = sorted((o for o in self.kernel.objects.values() if isinstance(o, Neigh)), key=str)
         if neighbours:
             victim = data.draw(st.sampled_from(neighbours))
@@ -70,15 +74,18 @@ class Links(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
+        """Start the agent anew, knowing nothing."""
         self.reconciler = LinkReconciler(self.kernel)
         self.reconciler.set_desired(self.want)
 
     @rule()
     def lose_events(self) -> None:
+        """More happened than the event buffer held."""
         self.kernel.overflow()
 
     @rule(number=st.integers(0, 6))
     def fail(self, number: int) -> None:
+        """Sync while every seventh change is refused."""
         seen: list[object] = []
 
         def refuse(change: object) -> bool:
@@ -91,6 +98,7 @@ class Links(RuleBasedStateMachine):
 
     @invariant()
     def others_are_left_alone(self) -> None:
+        """Keep what is not ours where it is."""
         assert FOREIGN in self.kernel.objects.values()
         assert ("link", "eth0") in self.kernel.objects
 
