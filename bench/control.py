@@ -100,7 +100,7 @@ class MeasuredAgent:
 
     def first(self) -> Work:
         """Do the first full sync: from files to the whole text."""
-        return self._measure(self.agent.start)
+        return self._measure(lambda: self.agent.start(self.source.load()))
 
     def follow(self) -> Work:
         """Take in what has changed on disk since: from the changed file to the text of the change."""

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench import cluster
+from bench.fresh import memory
 from bench.kernel import may_use_kernel, own_namespace
 from bench.result import Options, Row, against, median
 from kernelstate.linux import netns
@@ -46,28 +47,25 @@ def measure(options: Options, repeats: int = REPEATS) -> list[Row]:
     if not may_use_kernel():
         raise Failed("drift-repair: an agent in a namespace of its own needs root")
     services = options.services or SERVICES
-    with tempfile.TemporaryDirectory(prefix="nodeplane-bench-") as directory, own_namespace() as namespace:
-        root = Path(directory)
-        cluster.write_directory(root / "objects", services)
-        with _agent(namespace, root) as alive:
-            _wait(lambda: _is_synced(root), alive, "the first sync")
-            first = _fed(root)
-            flushes: dict[str, list[str]] = {"nat flushed": [], "one chain flushed": [_some_chain(namespace)]}
-            repairs = {
-                name: [_repair(namespace, root, alive, chain) for _ in range(repeats)] for name, chain in flushes.items()
-            }
 
     def row(name: str, metric: str, value: float, unit: str) -> Row:
         return Row(name, options.mode, {"services": services}, metric, value, unit)
 
-    rows = [row("first sync", "text size", first, "bytes")]
-    for name, found in repairs.items():
-        times, written = zip(*found, strict=True)
-        rows += [
-            row(name, "until back median", median(times), "ms"),
-            row(name, "until back longest", max(times), "ms"),
-            against(row(name, "text size", median(written), "bytes"), first, "first sync's text"),
-        ]
+    with tempfile.TemporaryDirectory(prefix="nodeplane-bench-") as directory, own_namespace() as namespace:
+        root = Path(directory)
+        cluster.write_directory(root / "objects", services)
+        with _running_agent(namespace, root) as agent:
+            agent.wait(agent.is_synced, "the first sync")
+            first = row("first sync", "text size", agent.fed(), "bytes")
+            rows = [first, row("first sync", "agent's peak RSS", agent.peak_rss(), "MB")]
+            for name, chain in (("nat flushed", []), ("one chain flushed", [_some_chain(namespace)])):
+                times, written = zip(*[_repair(namespace, agent, chain) for _ in range(repeats)], strict=True)
+                rows += [
+                    row(name, "until back median", median(times), "ms"),
+                    row(name, "until back longest", max(times), "ms"),
+                    against(row(name, "text size", median(written), "bytes"), first.value, "first sync's text"),
+                ]
+            rows.append(row("after all repairs", "agent's peak RSS", agent.peak_rss(), "MB"))
     return rows
 
 
@@ -77,21 +75,62 @@ def _some_chain(namespace: str) -> str:
     return min(line.split()[0][1:] for line in listing.splitlines() if line.startswith(":KUBE-SVC-"))
 
 
-def _repair(namespace: str, root: Path, alive: Callable[[], None], chain: list[str]) -> tuple[float, int]:
+def _repair(namespace: str, agent: RunningAgent, chain: list[str]) -> tuple[float, int]:
     """Flush once; return milliseconds until the nat table's entries are back, and the bytes fed to restore for it."""
     with netns.inside(namespace):
-        whole, fed, last = entries(4, "nat"), _fed(root), _last_sync(root)
+        whole, fed, last = entries(4, "nat"), agent.fed(), agent.last_sync()
         subprocess.run(["iptables-legacy", "-w", "5", "-t", "nat", "-F", *chain], check=True, timeout=LONGEST)
         started = time.perf_counter()
-        _wait(lambda: entries(4, "nat") == whole, alive, "the nat table's entries")
+        agent.wait(lambda: entries(4, "nat") == whole, "the nat table's entries")
         took = 1000 * (time.perf_counter() - started)
-    _wait(lambda: _last_sync(root) > last and _is_synced(root), alive, "the agent's word that it is in sync")
-    return took, _fed(root) - fed
+    agent.wait(lambda: agent.last_sync() > last and agent.is_synced(), "the agent's word that it is in sync")
+    return took, agent.fed() - fed
+
+
+class RunningAgent:
+    """An agent's process, and what can be seen of it from outside."""
+
+    def __init__(self, process: subprocess.Popen[bytes], root: Path) -> None:
+        self._process = process
+        self._root = root
+
+    def fed(self) -> int:
+        """Return how many bytes its iptables-legacy-restore has been fed so far."""
+        try:
+            return (self._root / "fed").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def is_synced(self) -> bool:
+        """Whether its status says so."""
+        status = read_status(self._root / "run/status.json")
+        return status is not None and status.synced
+
+    def last_sync(self) -> float:
+        """Return when its status says it was last in sync, in seconds since the epoch."""
+        status = read_status(self._root / "run/status.json")
+        return status.last_sync if status else 0.0
+
+    def peak_rss(self) -> float:
+        """Return its largest resident size so far in MB."""
+        return memory("VmHWM", Path(f"/proc/{self._process.pid}/status"))
+
+    def wait(self, is_there: Callable[[], bool], what: str) -> None:
+        """Ask every 2 ms until it is there. Raises Failed after ``LONGEST``, or when the agent has ended."""
+        end = time.monotonic() + LONGEST
+        while not is_there():
+            if self._process.poll() is not None:
+                words = (self._root / "agent.log").read_text(errors="replace").strip().splitlines()
+                said = words[-1] if words else "no word"
+                raise Failed(f"drift-repair: the agent ended with {self._process.returncode}: {said}")
+            if time.monotonic() > end:
+                raise Failed(f"drift-repair: {what} not there after {LONGEST:g} s")
+            time.sleep(0.002)
 
 
 @contextmanager
-def _agent(namespace: str, root: Path) -> Iterator[Callable[[], None]]:
-    """Run an agent while the body runs; yields a check that raises Failed once it has ended."""
+def _running_agent(namespace: str, root: Path) -> Iterator[RunningAgent]:
+    """Run an agent while the body runs."""
     view = mounts.NodeView(root, root / "objects")
     view.make()
     config = {
@@ -114,14 +153,8 @@ def _agent(namespace: str, root: Path) -> Iterator[Callable[[], None]]:
             stderr=subprocess.STDOUT,
             env=environment,
         )
-
-    def alive() -> None:
-        if process.poll() is not None:
-            words = (root / "agent.log").read_text(errors="replace").strip().splitlines()
-            raise Failed(f"drift-repair: the agent ended with {process.returncode}: {words[-1] if words else 'no word'}")
-
     try:
-        yield alive
+        yield RunningAgent(process, root)
     finally:
         process.terminate()
         try:
@@ -142,30 +175,3 @@ def _copying_restore(root: Path) -> Path:
     script.write_text(f'#!/bin/sh\ntee -a {root}/fed | {real} "$@"\n')
     script.chmod(0o755)
     return directory
-
-
-def _fed(root: Path) -> int:
-    try:
-        return (root / "fed").stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _is_synced(root: Path) -> bool:
-    status = read_status(root / "run/status.json")
-    return status is not None and status.synced
-
-
-def _last_sync(root: Path) -> float:
-    status = read_status(root / "run/status.json")
-    return status.last_sync if status else 0.0
-
-
-def _wait(is_there: Callable[[], bool], alive: Callable[[], None], what: str) -> None:
-    """Ask every 2 ms until it is there. Raises Failed after ``LONGEST``, or when the agent has ended."""
-    end = time.monotonic() + LONGEST
-    while not is_there():
-        alive()
-        if time.monotonic() > end:
-            raise Failed(f"drift-repair: {what} not there after {LONGEST:g} s")
-        time.sleep(0.002)

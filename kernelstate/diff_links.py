@@ -31,6 +31,8 @@ class LinkChange(msgspec.Struct, frozen=True):
 
     verb: Verb
     obj: LinkObject
+    before: Link | None = None
+    """What a link that is set was before: only what differs is to be written."""
 
     def __str__(self) -> str:
         return f"{self.verb} {WORDS[type(self.obj)]} {self.obj}"
@@ -65,7 +67,13 @@ def diff_links(desired: LinkState, observed: LinkState) -> tuple[LinkChange, ...
         return ()
     links = _link_changes(desired, observed)
     lost = {change.obj.name for change in links if change.verb == "delete" and isinstance(change.obj, Link)}
-    remaining = [o for o in observed.objects() if not isinstance(o, Link) and o.link not in lost]
+    # A new MAC makes the kernel forget every neighbour of the link, permanent ones as well (neigh_changeaddr).
+    moved = {c.obj.name for c in links if isinstance(c.obj, Link) and c.before is not None and c.before.mac != c.obj.mac}
+    remaining = [
+        o
+        for o in observed.objects()
+        if not isinstance(o, Link) and o.link not in lost and not (isinstance(o, Neigh) and o.link in moved)
+    ]
     have = {key_of(o): o for o in remaining}
     want = {key_of(o): o for o in desired.objects() if not isinstance(o, Link)}
     made = [LinkChange("replace", o) for key, o in want.items() if have.get(key) != o]
@@ -86,5 +94,5 @@ def _link_changes(desired: LinkState, observed: LinkState) -> Sequence[LinkChang
         elif found.vxlan != link.vxlan:
             changes += [LinkChange("delete", found), LinkChange("create", link)]
         elif found != link:
-            changes.append(LinkChange("set", link))
-    return changes + [LinkChange("delete", link) for link in have.values()]
+            changes.append(LinkChange("set", link, found))
+    return [*changes, *(LinkChange("delete", link) for link in have.values())]

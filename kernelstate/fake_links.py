@@ -12,7 +12,7 @@ import msgspec
 
 from kernelstate.diff_links import LinkChange, key_of
 from kernelstate.errors import KernelRefusedError
-from kernelstate.objects.links import ALIAS, ROUTE_PROTOCOL, Link, LinkObject, LinkState, Route
+from kernelstate.objects.links import ALIAS, ROUTE_PROTOCOL, Link, LinkObject, LinkState, Neigh, Route
 from kernelstate.reconcile_links import LinkEvent
 
 
@@ -85,6 +85,9 @@ class FakeLinks:
                 return "File exists"
             if obj.vxlan is not None and obj.vxlan.underlay and ("link", obj.vxlan.underlay) not in self.objects:
                 return f"no link {obj.vxlan.underlay} to carry it"
+            if change.before is not None and change.before.mac != obj.mac:
+                for other in [o for o in self.objects.values() if isinstance(o, Neigh) and o.link == obj.name]:
+                    self.take(other)
             self.put(obj)
             return ""
         link = self.objects.get(("link", obj.link))

@@ -46,9 +46,6 @@ RETRY = 2.0
 class Source(Protocol):
     """Where snapshots come from."""
 
-    def load(self) -> Update:
-        """Return the first complete snapshot."""
-
     def fileno(self) -> int:
         """Return a descriptor that is readable when ``poll`` may have something."""
 
@@ -109,10 +106,9 @@ class Agent:
 
     # -- one round ---------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Load the first snapshot and bring the kernel to it. The collector waits: the first sync makes no garbage cycles."""
+    def start(self, update: Update) -> None:
+        """Bring the kernel to the first complete snapshot. The collector waits: the first sync makes no garbage cycles."""
         gc.disable()
-        update = self.source.load()
         self._facts = self.host.facts(self._node(update))
         self.take(update)
         self.sync()

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from kernelstate.errors import KernelStateError
-from kernelstate.linux.iptables import IptablesPort, choose_variant, families
+from kernelstate.linux.iptables import IptablesPort, Variant, families, is_available
 from kernelstate.linux.links import LinuxLinks
+from kernelstate.ports import Reconciler
 from kernelstate.reconcile import NetfilterReconciler
 from kernelstate.reconcile_links import LinkReconciler
 from nodeplane.commands import Failed
 from nodeplane.pipeline import OWNERSHIP
 from nodeplane.status import LOCK_FILE, STATUS_FILE, AlreadyRunningError, read_status, take_lock
-
-log = logging.getLogger("nodeplane.cleanup")
 
 SUBNET_FILE = Path("/run/flannel/subnet.env")
 
@@ -30,20 +29,15 @@ def run(_args: argparse.Namespace) -> int:
     except OSError as error:
         raise Failed(f"{LOCK_FILE}: {error.strerror}") from error
     status = read_status()
-    variant = status.iptables_variant if status else ""
     errors: list[str] = []
-    try:
-        chosen = variant if variant in {"legacy", "nft"} else choose_variant()[0]
-        reconcilers = (
-            NetfilterReconciler(IptablesPort(chosen), OWNERSHIP, families()),  # type: ignore[arg-type]
-            LinkReconciler(LinuxLinks()),
-        )
-        for reconciler in reconcilers:
+    for reconciler in _reconcilers():
+        try:
             report = reconciler.cleanup()
-            print(f"{report.part}: removed {report.changed}")
-            errors += report.errors
-    except KernelStateError as error:
-        errors.append(str(error))
+        except KernelStateError as error:
+            errors.append(str(error))
+            continue
+        print(f"{report.part}: removed {report.changed}")
+        errors += report.errors
     if status is not None and status.overlay:
         SUBNET_FILE.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -55,3 +49,12 @@ def run(_args: argparse.Namespace) -> int:
     if errors:
         raise Failed("; ".join(errors))
     return 0
+
+
+def _reconcilers() -> Iterator[Reconciler]:
+    """Yield one for each place where something of ours may be: an earlier agent may have used the other iptables."""
+    variants: tuple[Variant, ...] = ("legacy", "nft")
+    for variant in variants:
+        if is_available(variant):
+            yield NetfilterReconciler(IptablesPort(variant), OWNERSHIP, families())
+    yield LinkReconciler(LinuxLinks())

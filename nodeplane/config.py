@@ -314,7 +314,7 @@ def _prefix(text: str, at: str) -> Prefix:
         raise ConfigError(f"{at}: must be a CIDR, is {text!r}") from error
 
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(h|m|s|ms)")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|h|m|s)")
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
 

@@ -9,6 +9,7 @@ import signal
 import time
 from types import FrameType
 
+from clusterstate.snapshot import Update
 from clusterstate.sources.files import FileSource
 from clusterstate.sources.tree import SourceError
 from kernelstate.errors import KernelStateError
@@ -48,8 +49,9 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     try:
-        agent = build_agent(config, source)
-        agent.start()
+        first = source.load()
+        agent = build_agent(config, source, expected_chains(first))
+        agent.start(first)
         agent.run(lambda: bool(stopped), wake_read)
     except (SourceError, KernelStateError) as error:
         raise Failed(str(error)) from error
@@ -59,13 +61,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def build_agent(config: NodeConfig, source: FileSource) -> Agent:
-    """Wire the parts for the current network namespace."""
+def expected_chains(update: Update) -> int:
+    """Guess how many iptables chains a snapshot becomes: one a Service, one an endpoint."""
+    slices = update.snapshot.slices.values()
+    return len(update.snapshot.services) + sum(len(one.endpoints) for group in slices for one in group.values())
+
+
+def build_agent(config: NodeConfig, source: FileSource, chains: int) -> Agent:
+    """Wire the parts for the current network namespace, in which about ``chains`` chains are going to be."""
     for note in config.notes:
         log.info("%s", note)
     variant, reason = config.iptables_variant, "iptablesVariant in the configuration"
     if variant == "auto":
-        variant, reason = choose_variant()
+        variant, reason = choose_variant(chains)
     log.info("node %s: Services in %s through iptables-%s (%s)", config.node_name, config.mode, variant, reason)
     overlay = config.overlay
     for note in overlay.net_conf.notes if overlay else ():

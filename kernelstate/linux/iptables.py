@@ -83,13 +83,18 @@ class IptablesPort:
         return int.from_bytes(data[first:last], "big")
 
 
-def choose_variant() -> tuple[Variant, str]:
+MANY_CHAINS = 5000
+"""From here on iptables-nft, which reads every chain back at each change and loads them in more than linear time, is slow."""
+
+
+def choose_variant(chains: int = 0) -> tuple[Variant, str]:
     """Return the variant this host uses and why, in words. Raises MissingFeatureError when it has neither.
 
-    Kubelet leaves chains in mangle as a hint; else whoever holds more rules; on an empty host legacy, if the kernel has it:
-    iptables-nft takes minutes for the tens of thousands of chains of a large cluster where legacy takes seconds.
+    Kubelet leaves chains in mangle as a hint; else whoever holds more rules; on an empty host the variant behind its
+    ``iptables`` command, so that people see our rules with the command they have. Only where about ``chains`` chains are going
+    to be written and that is many, legacy: iptables-nft takes minutes where legacy takes seconds.
     """
-    has_legacy, has_nft = _has("legacy"), _has("nft")
+    has_legacy, has_nft = is_available("legacy"), is_available("nft")
     if not (has_legacy and has_nft):
         if has_legacy:
             return "legacy", "iptables-nft is not available here"
@@ -106,7 +111,10 @@ def choose_variant() -> tuple[Variant, str]:
         return "legacy", f"iptables-legacy holds {rules['legacy']} rules, iptables-nft {rules['nft']}"
     if rules["nft"]:
         return "nft", f"iptables-nft holds {rules['nft']} rules, iptables-legacy {rules['legacy']}"
-    return "legacy", "neither variant holds rules, and legacy is the faster one for many chains"
+    if chains >= MANY_CHAINS:
+        return "legacy", f"neither variant holds rules, and legacy is the faster one for {chains} chains"
+    command = Path(shutil.which("iptables") or "").resolve().name
+    return ("legacy" if "legacy" in command else "nft"), f"neither variant holds rules, and this host's iptables is {command}"
 
 
 def families() -> tuple[Family, ...]:
@@ -131,7 +139,8 @@ def legacy_tables(family: Family) -> list[str]:
         return []
 
 
-def _has(variant: Variant) -> bool:
+def is_available(variant: Variant) -> bool:
+    """Whether a variant can be used: its programs are installed and the kernel knows it."""
     try:
         program = tool(4, variant, "save")
         if variant == "legacy":

@@ -80,11 +80,12 @@ def new_link(link: Link, underlay: int) -> Request:
     return Request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body)
 
 
-def set_link(link: Link, index: int) -> Request:
-    """Set what can be set in place: MTU, MAC, alias, up or down."""
+def set_link(link: Link, before: Link, index: int) -> Request:
+    """Set what differs of what can be set in place: MTU, MAC, alias, up or down. A MAC that is set anew costs all neighbours."""
     body = IFINFO.pack(0, 0, index, IFF_UP if link.up else 0, IFF_UP)
-    body += number(IFLA_MTU, link.mtu) + attribute(IFLA_ADDRESS, mac_bytes(link.mac))
-    body += attribute(IFLA_IFALIAS, link.alias.encode() + b"\0")
+    body += number(IFLA_MTU, link.mtu) if link.mtu != before.mtu else b""
+    body += attribute(IFLA_ADDRESS, mac_bytes(link.mac)) if link.mac != before.mac else b""
+    body += attribute(IFLA_IFALIAS, link.alias.encode() + b"\0") if link.alias != before.alias else b""
     return Request(RTM_NEWLINK, 0, body)
 
 

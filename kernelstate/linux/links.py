@@ -12,6 +12,8 @@ import socket
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import msgspec
+
 from kernelstate.diff_links import LinkChange
 from kernelstate.linux import link_codec as codec
 from kernelstate.linux.link_events import ALL_GROUPS, EventSocket
@@ -109,7 +111,7 @@ class LinuxLinks:
         for i, change in enumerate(changes):
             if isinstance(change.obj, Link):
                 self._flush(waiting, answers)
-                answers[i] = self._link(change.verb, change.obj)
+                answers[i] = self._link(change.verb, change.obj, change.before)
                 continue
             index = _index(change.obj.link)
             if index:
@@ -124,7 +126,7 @@ class LinuxLinks:
             answers[i] = _judged(request, answer)
         waiting.clear()
 
-    def _link(self, verb: str, link: Link) -> str:
+    def _link(self, verb: str, link: Link, before: Link | None) -> str:
         if verb == "delete":
             index = _index(link.name)
             return self._one(codec.delete_link(index)) if index else ""
@@ -140,7 +142,7 @@ class LinuxLinks:
         self._own[index] = link.name
         # Before it is up: an advertisement may come in at once.
         refused = _write_accept_ra(link)
-        return refused or self._one(codec.set_link(link, index))
+        return refused or self._one(codec.set_link(link, before or msgspec.structs.replace(link, alias="", up=False), index))
 
     def _one(self, request: Request) -> str:
         return _judged(request, self._socket.execute([request])[0])
@@ -235,7 +237,7 @@ def _with_accept_ra(link: Link) -> Link:
         value = _accept_ra_file(link.name).read_text().strip()
     except OSError:
         value = "0"  # no IPv6: nothing to believe
-    return Link(link.name, link.mtu, link.mac, link.vxlan, link.alias, link.up, accept_ra=value != "0")
+    return msgspec.structs.replace(link, accept_ra=value != "0")
 
 
 def _write_accept_ra(link: Link) -> str:

@@ -6,6 +6,8 @@ import re
 import secrets
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 
@@ -60,9 +62,20 @@ class Lab:
         """Run a command in node-1's namespace."""
         return netns.run(self.state.node_netns("node-1"), command)
 
+    def iptables(self, *arguments):
+        """Run node-1's iptables in the variant its agent uses."""
+        status, _ = agents.agent_status(self.state, "node-1")
+        return self.node(f"iptables-{status.iptables_variant}", *arguments)
+
+    def execute(self, *command):
+        """Run `nodeplane lab exec node-1`, which becomes the command; return its exit code."""
+        program = [sys.executable, "-m", "nodeplane", "lab", "exec", "--name", self.name, "node-1", "--", *command]
+        return subprocess.run(program, timeout=30, check=False).returncode
+
     def rules(self, table="nat"):
         """Return node-1's rules of a table that are ours, counters included."""
-        text = self.node("iptables-legacy-save", "-c", "-t", table)
+        status, _ = agents.agent_status(self.state, "node-1")
+        text = self.node(f"iptables-{status.iptables_variant}-save", "-c", "-t", table)
         return [line for line in text.splitlines() if "KUBE-" in line and line.startswith("[")]
 
     def agent_log(self):
@@ -115,7 +128,7 @@ def test_flush_by_somebody_else(shared):
     """After `iptables -t nat -F` the rules are back in time; the filter table, which was right, keeps its counters."""
     shared.connect()
     nat, filter_before = without_counters(shared.rules()), shared.rules("filter")
-    shared.node("iptables-legacy", "-t", "nat", "-F")
+    shared.iptables("-t", "nat", "-F")
     assert len(shared.rules()) < len(nat)
     eventually(lambda: without_counters(shared.rules()) == nat)
     assert shared.connect()
@@ -131,8 +144,8 @@ def test_chain_removed_by_somebody_else(shared):
     before = shared.rules()
     services = next(line for line in before if "-A KUBE-SERVICES" in line and "cluster IP" in line)
     chain = services.split()[-1]
-    shared.node("iptables-legacy", "-t", "nat", "-F", chain)
-    shared.node("iptables-legacy", "-t", "nat", "-D", "PREROUTING", "1")
+    shared.iptables("-t", "nat", "-F", chain)
+    shared.iptables("-t", "nat", "-D", "PREROUTING", "1")
     eventually(lambda: sorted(without_counters(shared.rules())) == sorted(without_counters(before)))
     kept = next(line for line in shared.rules() if "-A KUBE-SERVICES" in line and "cluster IP" in line)
     assert kept == services, "KUBE-SERVICES was right and must not be rewritten"
@@ -308,3 +321,27 @@ def test_agent_stops_clean(shared):
     agents.start(shared.state, ["node-1"])
     eventually(shared.agent_pid, 10)
     shared.run("wait")
+
+
+def test_cleanup_leaves_nothing():
+    """`nodeplane cleanup` refuses while the agent runs; after it nothing of ours is left, and foreign rules are."""
+    name = f"t{os.getpid() % 10000}{secrets.token_hex(2)}"
+    own = Lab(name)
+    own.run("up")
+    try:
+        own.node("iptables-legacy", "-A", "INPUT", "-p", "tcp", "--dport", "9", "-j", "DROP")
+        own.node("iptables-nft", "-A", "INPUT", "-p", "tcp", "--dport", "9", "-j", "DROP")
+        assert own.execute("nodeplane", "cleanup") == 1
+        os.kill(own.agent_pid(), signal.SIGKILL)
+        eventually(lambda: own.agent_pid() is None)
+        assert own.execute("nodeplane", "cleanup") == 0
+        for variant in ("legacy", "nft"):
+            text = own.node(f"iptables-{variant}-save")
+            assert "KUBE-" not in text
+            assert "FLANNEL-" not in text
+            assert "--dport 9 -j DROP" in text
+        assert "flannel.1" not in own.node("ip", "link")
+        assert own.node("ip", "route", "show", "proto", "157") == ""
+        assert own.execute("test", "-e", "/run/flannel/subnet.env") == 1
+    finally:
+        own.run("down")

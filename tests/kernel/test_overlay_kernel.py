@@ -66,7 +66,7 @@ DAMAGE = [
     ("ip", "neigh replace 10.244.2.0 lladdr 02:00:00:00:00:99 dev flannel.1 nud reachable"),
     ("bridge", "fdb del {mac} dev flannel.1 dst 192.168.1.2"),
     ("bridge", "fdb replace {mac} dev flannel.1 dst 192.168.1.77 self permanent"),
-    ("bridge", "fdb append {mac} dev flannel.1 dst 192.168.1.77 self permanent"),
+    ("bridge", "fdb append 00:00:00:00:00:00 dev flannel.1 dst 192.168.1.77 self permanent"),
     ("ip", "addr flush dev flannel.1"),
     ("ip", "addr add 10.244.1.1/24 dev flannel.1"),
     ("ip", "link set flannel.1 down"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 
+import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -71,6 +72,12 @@ class Links(RuleBasedStateMachine):
         if neighbours:
             victim = data.draw(st.sampled_from(neighbours))
             self.kernel.put(Neigh(victim.link, victim.address, data.draw(st.sampled_from(("", "02:00:00:00:00:99")))))
+
+    @rule(mac=st.sampled_from(("02:00:00:00:00:01", "02:00:00:00:00:98")), up=st.booleans())
+    def somebody_sets_a_link(self, mac: str, up: bool) -> None:
+        """Somebody changes a link of ours in place."""
+        for link in [o for o in self.kernel.objects.values() if isinstance(o, Link) and o.vxlan]:
+            self.kernel.put(msgspec.structs.replace(link, mac=mac, up=up, alias=""))
 
     @rule()
     def restart(self) -> None:

@@ -161,7 +161,7 @@ def test_first_snapshot_is_programmed(make):
     """Start loads the first snapshot, writes it, and says so."""
     agent, netfilter, published = make(Source(cluster(1, "10.244.1.5")))
     assert netfilter.applied == []
-    agent.start()
+    agent.start(agent.source.load())
     assert len(netfilter.applied) == 1
     assert published[-1].synced
     assert (published[-1].services, published[-1].endpoints) == (1, 1)
@@ -171,7 +171,7 @@ def test_burst_is_one_write(make):
     """Changes that come together are written together, the newest only."""
     later = [changed(cluster(n, f"10.244.1.{n}")) for n in range(2, 12)]
     agent, netfilter, published = make(Source(cluster(1, "10.244.1.5"), *later))
-    agent.start()
+    agent.start(agent.source.load())
     run_until(agent, lambda: published[-1].revision == 11)
     assert len(netfilter.applied) == 2
     assert "10.244.1.11:80" in netfilter.applied[-1][1]
@@ -183,7 +183,7 @@ def test_refused_write_is_retried(make, monkeypatch):
     netfilter = FakeNetfilter()
     netfilter.fail_next = 1000
     agent, _, published = make(Source(cluster(1, "10.244.1.5")), netfilter=netfilter)
-    agent.start()
+    agent.start(agent.source.load())
     assert not published[-1].synced
     assert published[-1].errors
     netfilter.fail_next = 0
@@ -195,7 +195,7 @@ def test_foreign_flush_is_repaired(make, monkeypatch):
     """Somebody else's flush is noticed by the loop itself."""
     monkeypatch.setattr("nodeplane.agent.DRIFT_CHECK", 0.01)
     agent, netfilter, _ = make(Source(cluster(1, "10.244.1.5")))
-    agent.start()
+    agent.start(agent.source.load())
     before = netfilter.observe(4)
     netfilter.flush(4, "nat")
     assert netfilter.observe(4) != before
@@ -210,7 +210,7 @@ def test_stale_udp_flow_survives_a_failed_flush(make, monkeypatch):
     flows = Flows(dead, alive)
     first, second = cluster(1, "10.244.1.5", "10.244.1.6", protocol="UDP"), cluster(2, "10.244.1.6", protocol="UDP")
     agent, _, published = make(Source(first), flows)
-    agent.start()
+    agent.start(agent.source.load())
     assert flows.held == [dead, alive]
     flows.fail = True
     agent.take(changed(second))
@@ -223,7 +223,7 @@ def test_stale_udp_flow_survives_a_failed_flush(make, monkeypatch):
 def test_change_writes_only_what_it_touches(make):
     """One endpoint more: its chain and the pool's chain are written, nothing else."""
     agent, netfilter, _ = make(Source(cluster(1, "10.244.1.5")))
-    agent.start()
+    agent.start(agent.source.load())
     agent.take(changed(cluster(2, "10.244.1.5", "10.244.1.6")))
     agent.sync()
     text = netfilter.applied[-1][1]
@@ -235,7 +235,7 @@ def test_change_writes_only_what_it_touches(make):
 def test_vanished_node_keeps_services(make):
     """Without its Node object the agent goes on with Services and says what it misses."""
     agent, netfilter, published = make(Source(cluster(1, "10.244.1.5")))
-    agent.start()
+    agent.start(agent.source.load())
     snapshot = cluster(2, "10.244.1.5")
     agent.take(Update(Snapshot(2, snapshot.services, snapshot.slices), None))
     agent.sync()

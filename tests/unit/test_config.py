@@ -22,7 +22,7 @@ def test_plain_kube_proxy_configuration():
             "mode": "iptables",
             "clusterCIDR": "10.244.0.0/16,fd00:10:244::/56",
             "hostnameOverride": "Worker-1",
-            "iptables": {"masqueradeAll": True, "masqueradeBit": 10, "syncPeriod": "1m30s", "minSyncPeriod": "0s"},
+            "iptables": {"masqueradeAll": True, "masqueradeBit": 10, "syncPeriod": "1m30s", "minSyncPeriod": "100ms"},
             "conntrack": {"tcpBeLiberal": True, "maxPerCore": 32768},
             "nodePortAddresses": ["primary"],
             "detectLocalMode": "BridgeInterface",
@@ -32,7 +32,7 @@ def test_plain_kube_proxy_configuration():
     )
     settings = config.services
     assert config.node_name == "worker-1"
-    assert (config.sync_period, config.min_sync_period) == (90.0, 1.0)
+    assert (config.sync_period, config.min_sync_period) == (90.0, 0.1)
     assert settings.cluster_cidrs == (Prefix.parse("10.244.0.0/16"), Prefix.parse("fd00:10:244::/56"))
     assert (settings.mark, settings.masquerade_all, settings.tcp_be_liberal) == (1 << 10, True, True)
     assert (settings.node_port_addresses, settings.detect_local_mode) == ("primary", "BridgeInterface")

@@ -144,7 +144,7 @@ def test_adopts_an_identical_link() -> None:
     reconciler = LinkReconciler(kernel)
     reconciler.set_desired(state(2))
     assert reconciler.sync().changed == 1
-    assert kernel.applied == [LinkChange("set", TUNNEL)]
+    assert kernel.applied == [LinkChange("set", TUNNEL, msgspec.structs.replace(TUNNEL, alias=""))]
 
 
 def test_recreates_a_link_of_other_kind() -> None:

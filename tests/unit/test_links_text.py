@@ -77,7 +77,7 @@ def test_codec_round_trip(obj: LinkObject) -> None:
             read = codec.read_address(Message(20, codec.address_request(obj, 5, delete=False).body), name_of)
         case Link():
             made = codec.new_link(obj, 2).body
-            setting = codec.set_link(obj, 5).body
+            setting = codec.set_link(obj, Link(obj.name, 0, "", None, alias=""), 5).body
             read = codec.read_link(Message(16, setting + made[codec.IFINFO.size :]), name_of)
     assert read == obj
 
