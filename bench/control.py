@@ -106,6 +106,9 @@ class MeasuredAgent:
         """Take in what has changed on disk since: from the changed file to the text of the change."""
         return self._measure(self._follow)
 
+    def _start(self) -> None:
+        self.agent.start(self.source.load())
+
     def _follow(self) -> None:
         update = self.source.poll()
         assert update is not None, "nothing has changed on disk"

@@ -43,7 +43,12 @@ class Snapshot(msgspec.Struct, frozen=True):
 
     def slices_of(self, service: Name) -> tuple[EndpointSlice, ...]:
         """Return a Service's slices sorted by name; those mirrored from Endpoints only where there are no others."""
-        found = sorted(self.slices.get(service, Map()).values(), key=lambda s: s.ref)
+        group = self.slices.get(service)
+        if group is None:
+            return ()
+        if len(group) == 1:
+            return tuple(group.values())
+        found = sorted(group.values(), key=lambda s: s.ref)
         return tuple([s for s in found if not s.mirrored] or found)
 
     def objects(self) -> list[KubernetesObject]:

@@ -13,10 +13,11 @@ did. Which chains to compare, and what to do when the kernel refuses, is the rec
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from operator import itemgetter
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -108,15 +109,20 @@ class Plan(msgspec.Struct, frozen=True):
 
     def _pieces(self) -> Iterator[tuple[Change | None, list[str]]]:
         """Yield lines with the change that wrote them, in the order of the text."""
+        sorted_out: dict[tuple[Table, type[Change]], list[Any]] = defaultdict(list)
+        declared: dict[Table, list[Replace | Delete]] = defaultdict(list)
+        for change in self.changes:
+            sorted_out[change.key.table, type(change)].append(change)
+            if isinstance(change, Replace | Delete):
+                declared[change.key.table].append(change)
         for table in self.tables:
-            changes = self.of_table(table).changes
             yield None, [f"*{table}"]
-            yield from ((c, [f":{c.key.name} - [0:0]"]) for c in changes if isinstance(c, Replace | Delete))
-            yield from ((c, [f"-D {c.key.name}{print_spec(c.rule)}"]) for c in changes if isinstance(c, RemoveAnchor))
-            yield from ((c, chain_lines(c.key.name, c.rules)) for c in changes if isinstance(c, Replace))
-            yield from ((c, _edit_lines(c)) for c in changes if isinstance(c, Edit))
-            yield from ((c, [_insert_line(c)]) for c in changes if isinstance(c, InsertAnchor))
-            yield from ((c, [f"-X {c.key.name}"]) for c in changes if isinstance(c, Delete))
+            yield from ((c, [f":{c.key.name} - [0:0]"]) for c in declared[table])
+            yield from ((c, [f"-D {c.key.name}{print_spec(c.rule)}"]) for c in sorted_out[table, RemoveAnchor])
+            yield from ((c, chain_lines(c.key.name, c.rules)) for c in sorted_out[table, Replace])
+            yield from ((c, _edit_lines(c)) for c in sorted_out[table, Edit])
+            yield from ((c, [_insert_line(c)]) for c in sorted_out[table, InsertAnchor])
+            yield from ((c, [f"-X {c.key.name}"]) for c in sorted_out[table, Delete])
             yield None, ["COMMIT"]
 
 

@@ -35,11 +35,13 @@ def compile_service(service: Service, slices: Iterable[EndpointSlice], node: Nod
     if not service.cluster_ips or service.type == "ExternalName" or SERVICE_PROXY_NAME in service.labels:
         return ()
     slices = tuple(slices)
+    ports = service.ports
+    if len(ports) > 1:
+        ports = tuple(sorted(ports, key=lambda p: (p.name, p.protocol)))
     entries = []
     for family in _families(service):
         of_family = [s for s in slices if s.family == family]
-        for port in sorted(service.ports, key=lambda p: (p.name, p.protocol)):
-            entries.append(_compile_port(service, port, family, of_family, node))  # noqa: PERF401
+        entries += [_compile_port(service, port, family, of_family, node) for port in ports]
     return tuple(entries)
 
 
@@ -80,8 +82,9 @@ def _compile_port(
 
 
 def _frontends(service: Service, port: ServicePort, family: Family) -> tuple[Frontend, ...]:
-    found = [Frontend(Kind.CLUSTER_IP, next(a for a in service.cluster_ips if a.version == family), port.port)]
-    found += [Frontend(Kind.EXTERNAL_IP, a, port.port) for a in service.external_ips if a.version == family]
+    found = [Frontend(Kind.CLUSTER_IP, a, port.port) for a in service.cluster_ips if a.version == family][:1]
+    if service.external_ips:
+        found += [Frontend(Kind.EXTERNAL_IP, a, port.port) for a in service.external_ips if a.version == family]
     if service.type == "LoadBalancer":
         found += [
             Frontend(Kind.LOAD_BALANCER, ingress.ip, port.port)
@@ -105,7 +108,7 @@ def _candidates(slices: list[EndpointSlice], port: ServicePort, node: str) -> li
                     continue  # while slices are rewritten an endpoint may be in two: the living entry counts
                 local = endpoint.node == node != ""
                 found[name] = Candidate(Backend(name, endpoint.address, number, local), endpoint)
-    return [found[name] for name in sorted(found)]
+    return [found[name] for name in sorted(found)] if len(found) > 1 else list(found.values())
 
 
 class ServiceCompiler:

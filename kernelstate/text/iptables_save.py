@@ -97,9 +97,7 @@ def chain_lines(name: str, rules: Iterable[Rule]) -> list[str]:
 def print_spec(rule: Rule) -> str:
     """Print what follows ``-A CHAIN``, with its leading space; the same words identify the rule behind ``-D CHAIN``."""
     text = ""
-    pending = bool(  # the IP header's fields are still to be printed
-        rule.protocol or rule.source is not None or rule.destination is not None or rule.in_interface or rule.out_interface
-    )
+    pending = True  # the IP header's fields are still to be printed
     for match in rule.matches:
         kind = type(match)
         if kind is Transport:
@@ -140,15 +138,17 @@ def _header(rule: Rule) -> str:
 
 
 def _transport(rule: Rule, match: Transport) -> str:
-    text = f" -m {match.protocol} -p {match.protocol}"
-    if rule.destination is not None:
-        text += f"{' !' if rule.destination_negated else ''} -d {prefix_text(rule.destination)}"
+    protocol = match.protocol
+    text = f" -m {protocol} -p {protocol}"
+    destination, source, dport = rule.destination, rule.source, match.dport
+    if destination is not None:
+        text += f"{' !' if rule.destination_negated else ''} -d {prefix_text(destination)}"
     if match.sport is not None:
         text += f" --sport {_ports(match.sport)}"
-    if match.dport is not None:
-        text += f" --dport {_ports(match.dport)}"
-    if rule.source is not None:
-        text += f"{' !' if rule.source_negated else ''} -s {prefix_text(rule.source)}"
+    if dport is not None:
+        text += f" --dport {dport[0]}" if dport[0] == dport[1] else f" --dport {_ports(dport)}"
+    if source is not None:
+        text += f"{' !' if rule.source_negated else ''} -s {prefix_text(source)}"
     if rule.in_interface or rule.out_interface:
         text += _interfaces(rule)
     return text

@@ -23,6 +23,7 @@ Source: iptables-extensions(8); kube-proxy 1.36's rule set is the contract for n
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import msgspec
 
@@ -149,16 +150,17 @@ class _EntryWriter:
     def _node_ports_open(self) -> bool:
         return self.context.node_ports.everywhere or bool(self.context.node_ports.addresses)
 
-    def _to(self, frontend: Frontend, target: Target, text: str = "", *between: Match) -> Rule:
-        """Return the rule that meets exactly the packets to a frontend."""
+    def _to(self, frontend: Frontend, target: Target, text: str = "", *between: Match, **more: Any) -> Rule:
+        """Return the rule that meets exactly the packets to a frontend; ``more`` fields narrow it."""
         if not text:
-            text = self.title if frontend.kind is Kind.NODE_PORT else f"{self.title} {frontend.kind.value}"
+            text = self.title if frontend.kind is Kind.NODE_PORT else f"{self.title} {_TITLES[frontend.kind]}"
         transport = _transport(self.protocol, frontend.port)
         return Rule(
             target,
             (Comment(text), *between, transport),
             self.protocol,
-            destination=None if frontend.address is None else Prefix.host(frontend.address),
+            destination=None if frontend.address is None else Prefix(self.family, int(frontend.address), BITS[self.family]),
+            **more,
         )
 
     def _refuse(self, frontend: Frontend) -> Rule:
@@ -203,11 +205,15 @@ class _EntryWriter:
         rules = []
         detector = self.context.detector
         for frontend in self.internal:
-            to_cluster_ip = self._to(frontend, TO_MARK_MASQ)
             if self.context.masquerade_all:
-                rules.append(to_cluster_ip)
-            elif detector is not None:
-                rules.append(_unless_local(to_cluster_ip, detector))
+                rules.append(self._to(frontend, TO_MARK_MASQ))
+            elif detector is None:
+                continue
+            elif detector.prefix is not None:
+                rules.append(self._to(frontend, TO_MARK_MASQ, source=detector.prefix, source_negated=True))
+            else:
+                interface = detector.interface
+                rules.append(self._to(frontend, TO_MARK_MASQ, in_interface=interface, in_interface_negated=True))
         return rules
 
     def _external_chain(self) -> None:
@@ -272,18 +278,13 @@ def _transport(protocol: Protocol, port: int) -> Transport:
     return Transport(protocol, (port, port) if port else None)  # type: ignore[arg-type]
 
 
+_TITLES = {kind: kind.value for kind in Kind}
 _PROTOCOLS: dict[str, Protocol] = {"TCP": "tcp", "UDP": "udp", "SCTP": "sctp"}
 _STATISTICS = tuple(Statistic.one_of(n) if n else Statistic(0) for n in range(256))
 
 
 def _one_of(n: int) -> Statistic:
     return _STATISTICS[n] if n < 256 else Statistic.one_of(n)
-
-
-def _unless_local(rule: Rule, detector: LocalDetector) -> Rule:
-    if detector.prefix is not None:
-        return msgspec.structs.replace(rule, source=detector.prefix, source_negated=True)
-    return msgspec.structs.replace(rule, in_interface=detector.interface, in_interface_negated=True)
 
 
 def _if_local(rule: Rule, detector: LocalDetector) -> Rule:

@@ -153,14 +153,14 @@ def crossing(a: OverlayNode, b: OverlayNode, family: int = 4, attempts: int = 20
         client.settimeout(0.25)
         server.settimeout(0.25)
         for attempt in range(attempts):
-            mark = f"nodeplane {attempt}".encode()
             try:
-                client.sendto(mark, (b.pods[family], 4000))
+                client.sendto(f"nodeplane {attempt}".encode(), (b.pods[family], 4000))
                 data, source = server.recvfrom(100)
+                assert source[0] == a.pods[family]
                 server.sendto(data, source)
-                if source[0] == a.pods[family] and client.recv(100) == data:
-                    return _seen(wire, data)
-            except OSError:  # not there yet: neighbours of the underlay are being looked up
+                # Perhaps the answer to an earlier one, that waited for the underlay's neighbours to be found.
+                return _seen(wire, client.recv(100))
+            except TimeoutError:
                 continue
     return "lost"
 
