@@ -73,6 +73,7 @@ class Pipeline:
         self.compiler = ServiceCompiler(NodeFacts(config.node_name))
         self.program: IptablesProgram | None = None
         self.peers: PeerTable | None = None
+        self.has_uplink = True
         self.rules = 0
         """How many rules there are in chains of ours."""
         self._chains: dict[ChainKey, tuple[Rule, ...]] = {}
@@ -154,8 +155,9 @@ class Pipeline:
         if inputs == self._overlay_input:
             return False
         self._overlay_input = inputs
+        self.has_uplink = facts.uplink is not None
         if facts.uplink is None:
-            return False
+            return False  # what is programmed stays: a link that is away for a moment takes nothing down
         self.peers = compile_peers(snapshot, self.config.node_name, options.net_conf, facts.uplink)
         self._links = _OVERLAY_RENDERERS[options.net_conf.backend.type](self.peers)
         before = self._masquerade
@@ -191,6 +193,9 @@ class Pipeline:
             found.append(f"Node {self.config.node_name} is not among the objects: its zone, addresses and podCIDRs are unknown")
         if self.program is not None:
             found += self.program.problems
+        if not self.has_uplink:
+            wanted = self.config.overlay.iface if self.config.overlay else ""
+            found.append(f"overlay.iface: no link {wanted or 'holds an address of the Node'}: the overlay is left as it is")
         if self.peers is not None:
             found += [str(problem) for problem in self.peers.problems]
         return tuple(found)

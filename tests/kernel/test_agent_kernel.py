@@ -298,17 +298,51 @@ def test_bad_input_takes_nothing_down(shared):
     eventually(lambda: without_counters(shared.rules()) == before)
 
 
-def test_even_spread(shared):
-    """3,000 connections from a pod reach every endpoint equally often (chi-square, 8 degrees of freedom, p = 0.0001)."""
+def test_three_endpoints(shared, tmp_path):
+    """The notes' example: one KUBE-SVC and three KUBE-SEP chains, 1/3, 1/2 and the rest; 3,000 connections spread evenly."""
+    pods = [shared.pod(f"hostnames-{i}") for i in (1, 2, 3)]
+    manifest = tmp_path / "three.yaml"
+    manifest.write_text(
+        yaml.safe_dump_all(
+            [
+                {
+                    "apiVersion": "v1",
+                    "kind": "Service",
+                    "metadata": {"name": "three", "namespace": "default"},
+                    "spec": {"clusterIP": "10.96.77.3", "ports": [{"name": "web", "port": 80, "targetPort": 9376}]},
+                },
+                {
+                    "apiVersion": "discovery.k8s.io/v1",
+                    "kind": "EndpointSlice",
+                    "metadata": {
+                        "name": "three-1",
+                        "namespace": "default",
+                        "labels": {"kubernetes.io/service-name": "three"},
+                    },
+                    "addressType": "IPv4",
+                    "ports": [{"name": "web", "port": 9376}],
+                    "endpoints": [{"addresses": [p.ips[0]], "nodeName": p.node} for p in pods],
+                },
+            ]
+        )
+    )
+    shared.run("apply", "-f", str(manifest))
+    shared.run("wait")
+    lines = [line for line in shared.rules() if '"default/three:web' in line or " default/three:web " in line]
+    chains = {word for line in lines for word in line.split() if word.startswith(("KUBE-SVC-", "KUBE-SEP-"))}
+    assert sorted(c[:8] for c in chains) == ["KUBE-SEP", "KUBE-SEP", "KUBE-SEP", "KUBE-SVC"]
+    balancing = [line for line in lines if "->" in line]
+    assert [re.findall(r"probability (0\.\d+)", line) for line in balancing] == [["0.33333333349"], ["0.50000000000"], []]
     tally = Counter()
-    with netns.inside(shared.pod("hostnames-1").netns):
+    with netns.inside(pods[0].netns):
         for _ in range(3000):
-            with socket.create_connection(("10.96.1.1", 80), timeout=5) as client:
+            with socket.create_connection(("10.96.77.3", 80), timeout=5) as client:
                 client.sendall(b"\n")
                 tally[client.recv(200).split()[0]] += 1
-    assert len(tally) == 9
-    expected = 3000 / 9
-    assert sum((n - expected) ** 2 / expected for n in tally.values()) < 31.8
+    assert len(tally) == 3
+    assert sum((n - 1000) ** 2 / 1000 for n in tally.values()) < 18.4, tally  # chi-square, 2 degrees of freedom, p = 0.0001
+    shared.run("delete", "-f", str(manifest))
+    shared.run("wait")
 
 
 def test_agent_stops_clean(shared):
