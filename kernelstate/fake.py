@@ -9,7 +9,7 @@ For tests it counts what was written, fails on demand, and lets somebody else in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from kernelstate.errors import KernelRefusedError, ParseError
 from kernelstate.objects.address import Family
@@ -55,7 +55,7 @@ class FakeNetfilter:
 
     # -- NetfilterPort -------------------------------------------------------------------------------------------------
 
-    def observe(self, family: Family) -> Ruleset:
+    def observe(self, family: Family, known: Mapping[ChainKey, Sequence[Rule]] | None = None) -> Ruleset:
         """Return every chain of the family; builtin ones as anchors."""
         self.observations += 1
         chains: dict[ChainKey, tuple[Rule, ...]] = {}
@@ -140,7 +140,7 @@ class RecordingNetfilter:
     def __init__(self) -> None:
         self.texts: dict[Family, str] = {}
 
-    def observe(self, family: Family) -> Ruleset:
+    def observe(self, family: Family, known: Mapping[ChainKey, Sequence[Rule]] | None = None) -> Ruleset:
         """Return nothing: as on a fresh node."""
         return Ruleset({})
 

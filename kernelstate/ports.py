@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import msgspec
 
 from kernelstate.objects.address import Family, Prefix
-from kernelstate.objects.netfilter import Ruleset
+from kernelstate.objects.netfilter import ChainKey, Rule, Ruleset
 
 
 class SyncReport(msgspec.Struct, frozen=True):
@@ -48,8 +48,11 @@ class Reconciler(Protocol):
 class NetfilterPort(Protocol):
     """Reading and writing the packet filter of one variant (legacy or nft) in the current network namespace."""
 
-    def observe(self, family: Family) -> Ruleset:
-        """Return every chain of the family's tables: ours in ``chains``; rules of other chains as ``anchors``, in order."""
+    def observe(self, family: Family, known: Mapping[ChainKey, Sequence[Rule]] | None = None) -> Ruleset:
+        """Return every chain of the family's tables: own ones in ``chains``; rules of builtin chains as ``anchors``, in order.
+
+        Rules that equal those of ``known`` may be returned as the same objects.
+        """
 
     def apply(self, family: Family, restore_text: str) -> None:
         """Feed one ``iptables-restore --noflush --counters`` text; all or nothing per table. Raises KernelRefusedError."""

@@ -62,10 +62,14 @@ class NetfilterReconciler:
         """Write what differs. The first sync, and one after ``drifted`` said so, observes first."""
         return self._report(state.sync for state in self._families.values())
 
-    def verify(self) -> SyncReport:
-        """Observe everything and repair what differs, also what ``drifted`` cannot see; costs a full listing."""
+    def forget(self) -> None:
+        """Trust no memory: the next ``sync`` observes everything, also what ``drifted`` cannot see; costs a full listing."""
         for state in self._families.values():
             state.forget()
+
+    def verify(self) -> SyncReport:
+        """Observe everything and repair what differs."""
+        self.forget()
         return self.sync()
 
     def drifted(self) -> bool:

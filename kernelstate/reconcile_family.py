@@ -108,7 +108,6 @@ class FamilyFilter:
             refused = write_in_steps(retry, self._apply)
             done += len(retry.changes) - len(refused)
             self._errors = {key: words for key, words in self._errors.items() if key not in refused_before} | refused
-            self._generation = self._port.generation(self.family)
         except KernelStateError as error:
             self._candidates = None
             self.forget()
@@ -139,8 +138,8 @@ class FamilyFilter:
     def _observe(self) -> None:
         """Replace memory by what the kernel holds. The generation is read first: a write in between is then noticed."""
         generation = self._port.generation(self.family)
-        seen = self._port.observe(self.family)
         desired = self._desired.chains if self._desired else {}
+        seen = self._port.observe(self.family, desired)
         doors = {anchor.chain for anchor in self._anchors} | {key for key, _ in self._retired}
         others: dict[ChainKey, list[Rule]] = defaultdict(list)
         for anchor in seen.anchors:
@@ -190,6 +189,8 @@ class FamilyFilter:
     def _apply(self, plan: Plan) -> None:
         """Write a plan and remember it. Raises KernelRefusedError."""
         self._port.apply(self.family, plan.text())
+        # Read at once, and only after a write of our own: whatever somebody else does later is news.
+        self._generation = self._port.generation(self.family)
         for change in plan.changes:
             if isinstance(change, Replace | Edit):
                 self._kernel[change.key] = change.rules

@@ -39,6 +39,8 @@ BURST = 0.2
 """Seconds after which a burst is taken in whether it is over or not."""
 DRIFT_CHECK = 1.0
 """Seconds between two cheap looks for somebody else's changes."""
+VERIFY_SHARE = 50
+"""At least so many times as long as a full comparison took until the next one."""
 RETRY = 2.0
 """Seconds after which what failed is tried again."""
 
@@ -115,7 +117,6 @@ class Agent:
         gc.collect()
         gc.freeze()
         gc.enable()
-        self._next_verify = time.monotonic() + self.pipeline.config.sync_period
 
     def take(self, update: Update) -> None:
         """Compile and render an update and hand the result to the reconcilers; writes nothing yet."""
@@ -138,7 +139,10 @@ class Agent:
         written = [f"{r.changed} in {r.part}" for r in reports if r.changed]
         if written:
             log.info("changed %s, %.1f ms", ", ".join(written), 1000 * (time.perf_counter() - started))
-        self._last_end = time.monotonic()
+        self._last_end = now = time.monotonic()
+        if self._next_verify <= now:
+            # A full look at a large ruleset takes seconds of CPU: never more than one part in VERIFY_SHARE of all time.
+            self._next_verify = now + max(self.pipeline.config.sync_period, VERIFY_SHARE * (time.perf_counter() - started))
         self._retry_at = self._last_end + RETRY if errors else None
         self._publish(errors)
         return not errors
@@ -216,8 +220,8 @@ class Agent:
         if self._retry_at is not None:
             return now >= self._retry_at
         if now >= self._next_verify:
-            self._next_verify = now + self.pipeline.config.sync_period
-            self.netfilter.verify()
+            self.netfilter.forget()
+            return True
         return any(r.dirty or r.drifted() for r in self.reconcilers)
 
     def _seconds_until_due(self, waiting: bool) -> float:

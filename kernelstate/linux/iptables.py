@@ -20,6 +20,7 @@ import shutil
 import socket
 import struct
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -27,7 +28,7 @@ from kernelstate.errors import KernelRefusedError, MissingFeatureError
 from kernelstate.features import Feature
 from kernelstate.linux.nfnetlink import NfNetlink, attributes
 from kernelstate.objects.address import Family
-from kernelstate.objects.netfilter import Ruleset
+from kernelstate.objects.netfilter import ChainKey, Rule, Ruleset
 from kernelstate.text.iptables_parse import parse_save
 
 Variant: TypeAlias = Literal["legacy", "nft"]
@@ -50,9 +51,9 @@ class IptablesPort:
         self.variant = variant
         self._others: dict[Family, int] = {4: 0, 6: 0}  # nft: commits made by us to the other family
 
-    def observe(self, family: Family) -> Ruleset:
+    def observe(self, family: Family, known: Mapping[ChainKey, Sequence[Rule]] | None = None) -> Ruleset:
         """Return everything the variant holds for the family. Raises KernelRefusedError."""
-        return parse_save(_run([tool(family, self.variant, "save")], ""), family)
+        return parse_save(_run([tool(family, self.variant, "save")], ""), family, known)
 
     def apply(self, family: Family, restore_text: str) -> None:
         """Feed one restore text. Raises KernelRefusedError with the refused rule and its line."""

@@ -13,6 +13,7 @@ Source of the words: iptables-extensions(8) and the ``save`` callbacks of iptabl
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 from kernelstate.errors import ParseError
@@ -58,8 +59,11 @@ _ALIASES = {
 _PROTOCOLS = frozenset({"tcp", "udp", "sctp", "icmp", "ipv6-icmp"})
 
 
-def parse_save(text: str, family: Family) -> Ruleset:
+def parse_save(text: str, family: Family, known: Mapping[ChainKey, Sequence[Rule]] | None = None) -> Ruleset:
     """Read a whole save or restore text. Raises ParseError for lines that are no such text.
+
+    A rule that equals the one at its place in ``known`` is handed out as that very object: looking at a large ruleset that is
+    as remembered costs no second copy of it.
 
     Chains with a name of their own come in ``chains``, in the order they are declared; rules of builtin chains come as
     ``anchors`` in the packet's order. Tables other than raw, mangle, nat and filter are passed over.
@@ -68,7 +72,8 @@ def parse_save(text: str, family: Family) -> Ruleset:
     rules: dict[ChainKey, list[Rule]] = {}
     anchors: list[Anchor] = []
     table = ""
-    for line in text.split("\n"):
+    known = known or {}
+    for line in _lines(text):
         first = line[:1]
         if first in {"-", "["}:
             words = split_words(line)
@@ -79,8 +84,10 @@ def parse_save(text: str, family: Family) -> Ruleset:
             if table in BUILTIN:
                 key = ChainKey(family, cast("Table", table), words[1])
                 rule = reader.rule(words, 2)
-                if key in rules:
-                    rules[key].append(rule)
+                chain = rules.get(key)
+                if chain is not None:
+                    alike, place = known.get(key, ()), len(chain)
+                    chain.append(alike[place] if place < len(alike) and alike[place] == rule else rule)
                 elif key.name in BUILTIN[table]:
                     anchors.append(Anchor(key, rule))
                 else:
@@ -94,6 +101,15 @@ def parse_save(text: str, family: Family) -> Ruleset:
         elif line and first != "#" and line != "COMMIT":
             raise ParseError(line, "not a line of iptables-save")
     return Ruleset({key: tuple(chain) for key, chain in rules.items()}, tuple(anchors))
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Yield the lines of a text one by one: a list of a hundred thousand would double what the text takes."""
+    start = 0
+    while (end := text.find("\n", start)) >= 0:
+        yield text[start:end]
+        start = end + 1
+    yield text[start:]
 
 
 def split_words(line: str) -> list[str]:
