@@ -14,7 +14,6 @@ from pathlib import Path
 import msgspec
 
 RUN_DIR = Path("/run/nodeplane")
-STATE_DIR = Path("/var/lib/nodeplane")
 STATUS_FILE = RUN_DIR / "status.json"
 LOCK_FILE = RUN_DIR / "agent.lock"
 
