@@ -24,6 +24,7 @@ import msgspec
 from clusterstate.objects import Node
 from clusterstate.snapshot import Update
 from kernelstate.errors import KernelStateError
+from kernelstate.objects.address import Family
 from kernelstate.ports import ConntrackPort, Reconciler, SyncReport
 from kernelstate.reconcile import NetfilterReconciler
 from kernelstate.reconcile_links import LinkReconciler
@@ -86,10 +87,13 @@ class Agent:
         publish: Callable[[Status], None],
         status: Status,
         watched: Sequence[int] = (),
+        families: Sequence[Family] = (4, 6),
     ) -> None:
         self.pipeline, self.source, self.host = pipeline, source, host
         self.netfilter, self.links, self.conntrack = netfilter, links, conntrack
         self.publish, self.status = publish, status
+        self.families = tuple(families)
+        """The families whose packet filter this kernel has."""
         self.watched = tuple(watched)
         """Descriptors that become readable when a reconciler may have drifted."""
         self.desired: Desired | None = None
@@ -123,7 +127,9 @@ class Agent:
         before, self._update = self.desired, update
         self.desired = desired = self.pipeline.update(update, self._facts)
         self._stale.merge(desired.stale)
-        self.netfilter.set_desired(desired.ruleset, desired.changed_chains, desired.families)
+        # A family that is not in use is looked after as well: what an earlier agent left in it goes.
+        families = sorted({*self.families, *desired.families})
+        self.netfilter.set_desired(desired.ruleset, desired.changed_chains, families)
         if self.links is not None and desired.links is not None:
             self.links.set_desired(desired.links)
         if before is None or before.links != desired.links or before.families != desired.families:

@@ -14,7 +14,7 @@ from clusterstate.sources.files import FileSource
 from clusterstate.sources.tree import SourceError
 from kernelstate.errors import KernelStateError
 from kernelstate.linux.conntrack import Conntrack
-from kernelstate.linux.iptables import IptablesPort, choose_variant
+from kernelstate.linux.iptables import IptablesPort, choose_variant, families
 from kernelstate.linux.links import LinuxLinks
 from kernelstate.reconcile import NetfilterReconciler
 from kernelstate.reconcile_links import LinkReconciler
@@ -98,4 +98,5 @@ def build_agent(config: NodeConfig, source: FileSource, chains: int) -> Agent:
         publish=write_status,
         status=status,
         watched=[port.fileno() for port in ports],
+        families=families(),
     )

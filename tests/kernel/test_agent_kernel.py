@@ -16,7 +16,7 @@ import yaml
 
 from kernelstate.errors import KernelStateError
 from kernelstate.linux import netns
-from netnslab import agents
+from netnslab import agents, look
 from netnslab import state as states
 from nodeplane.__main__ import main
 
@@ -62,6 +62,10 @@ class Lab:
         """Run a command in node-1's namespace."""
         return netns.run(self.state.node_netns("node-1"), command)
 
+    def facts(self):
+        """Return what `nodeplane lab status -o json` says."""
+        return look.facts(self.state)
+
     def iptables(self, *arguments):
         """Run node-1's iptables in the variant its agent uses."""
         status, _ = agents.agent_status(self.state, "node-1")
@@ -91,6 +95,17 @@ class Lab:
                 return client.recv(200).split()[0].decode()
             except OSError:
                 return None
+
+    def ask(self, namespace, address, port):
+        """Ask an address from a namespace; return (who answered, which source it saw), or None."""
+        with netns.inside(namespace), socket.socket() as client:
+            client.settimeout(3)
+            try:
+                client.connect((address, port))
+                who, source = client.recv(200).decode().split()
+            except OSError:
+                return None
+            return who, source
 
     def pod(self, name):
         """Return a pod of the default namespace."""
@@ -343,6 +358,46 @@ def test_three_endpoints(shared, tmp_path):
     assert sum((n - 1000) ** 2 / 1000 for n in tally.values()) < 18.4, tally  # chi-square, 2 degrees of freedom, p = 0.0001
     shared.run("delete", "-f", str(manifest))
     shared.run("wait")
+
+
+STICKY = """
+apiVersion: v1
+kind: Service
+metadata: {name: sticky, namespace: default}
+spec:
+  type: NodePort
+  clusterIP: 10.96.77.4
+  externalTrafficPolicy: Local
+  selector: {app: hostnames}
+  sessionAffinity: ClientIP
+  ports: [{name: web, port: 80, targetPort: 9376, nodePort: 30777}]
+"""
+
+
+def test_affinity_policy_local_and_localhost(shared, tmp_path):
+    """A client stays with its endpoint; policy Local keeps sources and uses own pods; localhost reaches NodePorts."""
+    manifest = tmp_path / "sticky.yaml"
+    manifest.write_text(STICKY)
+    shared.run("apply", "-f", str(manifest))
+    shared.run("wait")
+    assert len({shared.connect("10.96.77.4") for _ in range(20)}) == 1
+    own = {p.key for p in shared.state.pods if p.node == "node-1"}
+    node_ip = shared.facts()["nodes"][0]["ip"]
+    client = shared.facts()["external"]
+    answered_by, source = shared.ask(client["netns"], node_ip, 30777)
+    assert answered_by in own
+    assert source == client["ip"]
+    assert shared.ask(shared.state.node_netns("node-1"), "127.0.0.1", 30777) is not None
+    shared.run("delete", "-f", str(manifest))
+    shared.run("wait")
+
+
+def test_hairpin(shared):
+    """A pod that reaches itself through the Service sees the node as its client, not itself."""
+    pod = shared.pod("hostnames-1")
+    node_ip = shared.facts()["nodes"][0]["ip"]
+    met = eventually(lambda: (who := shared.ask(pod.netns, "10.96.1.1", 80)) and who[0] == pod.key and who)
+    assert met[1] == node_ip
 
 
 def test_agent_stops_clean(shared):

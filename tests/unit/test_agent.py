@@ -241,3 +241,12 @@ def test_vanished_node_keeps_services(make):
     agent.sync()
     assert any("Node n1 is not among the objects" in p for p in published[-1].problems)
     assert any(k.name.startswith("KUBE-SEP-") for k in netfilter.observe(4).chains)
+
+
+def test_leftovers_of_an_unused_family_go(make):
+    """IPv6 chains that an earlier agent left are removed when nothing speaks IPv6 any more."""
+    netfilter = FakeNetfilter()
+    netfilter.run(6, "*nat\n:KUBE-SVC-LEFTOVER0000000A - [0:0]\nCOMMIT\n")
+    agent, _, _ = make(Source(cluster(1, "10.244.1.5")), netfilter=netfilter)
+    agent.start(agent.source.load())
+    assert netfilter.observe(6).chains == {}
