@@ -172,7 +172,7 @@ def routable_ip(path: str, value: str | None) -> IPAddress:
     """
     try:
         packed = inet_pton(AF_INET, value or "")
-    except OSError:
+    except (OSError, ValueError):  # the latter for a NUL inside
         found = ip(path, value)
     else:
         found = IPv4Address(int.from_bytes(packed, "big"))

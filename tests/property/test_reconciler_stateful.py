@@ -154,6 +154,8 @@ class Reconciling(RuleBasedStateMachine):
         assert self.reconciler.sync().changed == 0
         assert (self.port.births(FAMILY), len(self.port.applied)) == (births, applied)
         assert not self.reconciler.dirty
+        if self.reconciler.drifted():  # after a repair it looks once more, and finds nothing
+            assert self.reconciler.sync().changed == 0
         assert not self.reconciler.drifted()
 
     def _assert_as_desired(self) -> None:

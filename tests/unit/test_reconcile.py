@@ -275,3 +275,27 @@ def test_the_recorder_keeps_the_text() -> None:
     assert reconciler.sync().changed == 1
     assert port.texts == {4: "*nat\n:KUBE-SVC-A - [0:0]\n-A KUBE-SVC-A -j ACCEPT\nCOMMIT\n"}
     assert reconciler.sync().changed == 0
+
+
+def test_a_change_during_the_repair_is_not_missed() -> None:
+    """Somebody who empties one chain, and another while that is being repaired, finds both back after the next round."""
+    port = FakeNetfilter()
+    chains = {ChainKey(4, "nat", f"KUBE-SVC-{n}"): (Rule(Verdict.RETURN),) for n in "AB"}
+    reconciler = NetfilterReconciler(port, Ownership(prefixes=("KUBE-SVC-",)), (4,))
+    reconciler.set_desired(Ruleset(chains))
+    reconciler.sync()
+    port.run(4, "*nat\n:KUBE-SVC-A - [0:0]\nCOMMIT\n")
+    write = port.apply
+
+    def apply_and_break(family: Family, text: str) -> None:
+        write(family, text)
+        port.run(4, "*nat\n:KUBE-SVC-B - [0:0]\nCOMMIT\n")
+        port.apply = write  # type: ignore[method-assign]
+
+    port.apply = apply_and_break  # type: ignore[method-assign]
+    assert reconciler.drifted()
+    reconciler.sync()
+    assert reconciler.drifted()
+    reconciler.sync()
+    assert port.observe(4).chains == chains
+    assert not reconciler.drifted() or reconciler.sync().changed == 0
