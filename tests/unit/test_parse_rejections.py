@@ -76,6 +76,7 @@ SERVICES = [
     (two_ports(nodePort=30080), "spec.ports[1].nodePort: must not be used twice with TCP, is 30080"),
     (service(clusterIP="10.96.0.300"), f'spec.clusterIP: {IP} "10.96.0.300"'),
     (service(clusterIP="10.96.0"), f'spec.clusterIP: {IP} "10.96.0"'),
+    (service(clusterIP="10.96.0.1\0"), f'spec.clusterIP: {IP} "10.96.0.1\\u0000"'),
     (service(clusterIP="fd00::1%eth0"), f'spec.clusterIP: {IP} "fd00::1%eth0"'),
     (service(clusterIP=7), "spec.clusterIP: must be a string, is 7"),
     (service(clusterIP="127.0.0.1"), f'spec.clusterIP: {SPECIAL} "127.0.0.1"'),
