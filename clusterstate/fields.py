@@ -98,18 +98,12 @@ def notes(value: Mapping[str, str] | None) -> Labels:
     """Return annotations, without kubectl's copy of the object; checks their size and tells it, not their content."""
     if not value:
         return NO_LABELS
-    size = sum([len(key.encode()) + len(text.encode()) for key, text in value.items()])
+    size = sum([len(key.encode(errors="replace")) + len(text.encode(errors="replace")) for key, text in value.items()])
     if size > MAX_ANNOTATION_BYTES:
         raise Fault("metadata.annotations", f"must be at most {MAX_ANNOTATION_BYTES} bytes together, are {size} bytes")
     if LAST_APPLIED in value:
         return labels({key: text for key, text in value.items() if key != LAST_APPLIED})
     return Map(value)
-
-
-@lru_cache(maxsize=4096)
-def namespace_name(path: str, value: str) -> str:
-    """Return the name of a namespace; there are few, so each is looked at once."""
-    return label_name(path, value)
 
 
 @lru_cache(maxsize=16384)
@@ -170,17 +164,22 @@ def routable_ip(path: str, value: str | None) -> IPAddress:
 
     An endpoint or external address of 127.0.0.1 would turn a Service into a door to every node's own ports.
     """
-    try:
-        packed = inet_pton(AF_INET, value or "")
-    except (OSError, ValueError):  # the latter for a NUL inside
-        found = ip(path, value)
-    else:
-        found = IPv4Address(int.from_bytes(packed, "big"))
-        if packed[0] not in _SPECIAL_BYTES:
-            return found
+    plain = plain_ipv4(value or "")
+    if plain is not None:
+        return plain
+    found = ip(path, value)
     if _is_special(found):
         raise Fault(path, f"must not be an unspecified, loopback or link-local address, is {shown(value)}")
     return found
+
+
+def plain_ipv4(text: str) -> IPv4Address | None:
+    """Return an IPv4 address in plain spelling that is certainly routable, as nearly all are; None says nothing about the rest."""
+    try:
+        packed = inet_pton(AF_INET, text)
+    except (OSError, ValueError):
+        return None
+    return None if packed[0] in _SPECIAL_BYTES else IPv4Address(int.from_bytes(packed, "big"))
 
 
 _SPECIAL_BYTES = frozenset({0, 127, 169, 224})

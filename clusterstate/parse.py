@@ -14,6 +14,8 @@ Where objects come from and which of two namesakes counts is for ``sources``. So
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
+from sys import intern
 from typing import Any, TypeAlias
 
 import msgspec
@@ -31,6 +33,8 @@ from clusterstate.yamltext import load_documents
 
 DEEPEST = 16
 """How many lists may lie inside one another."""
+TOGETHER = 32
+"""How many objects of a list are decoded in one go: enough to be quick, few enough to be in the processor's cache when looked at."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -92,6 +96,7 @@ class _Head(msgspec.Struct, gc=False):
 
 
 _HEAD = msgspec.json.Decoder(_Head)
+_SEVERAL: msgspec.json.Decoder[list[wire.AnyKind]] = msgspec.json.Decoder(list[wire.AnyKind])
 _ANY: msgspec.json.Decoder[wire.AnyKind] = msgspec.json.Decoder(wire.AnyKind)
 
 
@@ -146,8 +151,8 @@ class _Reader:
             return True
         if head.items is not None and (head.kind or "").endswith("List"):
             member = (head.kind or "").removesuffix("List")
-            for i, raw in enumerate(head.items):
-                self._read_raw(raw, member, i)
+            for start in range(0, len(head.items), TOGETHER):
+                self._read_several(head.items[start : start + TOGETHER], member, start)
         else:
             self._read_raw(msgspec.Raw(data), "", None)
         return True
@@ -170,11 +175,22 @@ class _Reader:
 
     # -- objects -----------------------------------------------------------------------------------------------------
 
+    def _read_several(self, raws: list[msgspec.Raw], member: str, start: int) -> None:
+        """Read neighbours in a list, the first at ``start``: all together, and where one of them is not as usual each by itself."""
+        try:
+            found = _SEVERAL.decode(b"[" + b",".join(raws) + b"]")
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            for i, raw in enumerate(raws, start):
+                self._read_raw(raw, member, i)
+        else:
+            for i, w in enumerate(found, start):
+                self._build(type(w).__name__, w, i)
+
     def _read_raw(self, raw: msgspec.Raw, member: str, index: int | None) -> None:
         """Read one object of JSON: the quick way, and where that fails the thorough one."""
         try:
             found = _ANY.decode(raw)
-        except (msgspec.DecodeError, RecursionError):  # a ValidationError is a DecodeError
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # a ValidationError is a DecodeError
             self._read_slowly(raw, member, "" if index is None else f"items[{index}]")
         else:
             self._build(type(found).__name__, found, index)
@@ -232,13 +248,13 @@ class _Reader:
             path = f"items[{where}]" if isinstance(where, int) else where or ""
             self.refuse(None, Fault(f"{path}.metadata.name".removeprefix("."), f"must be given for a {kind}"))
             return
-        stated = (metadata.namespace or "default") if known.namespaced else ""
+        stated = intern(metadata.namespace or "default") if known.namespaced else ""
         ref = ObjectRef(kind, stated, metadata.name)
         skipped: list[Fault] = []
         try:
             if w.api_version not in known.spellings and not _known_version(kind, w.api_version):
                 return
-            namespace = fields.namespace_name("metadata.namespace", stated) if stated else ""
+            namespace = _namespace(stated) if stated else ""
             name = known.check_name("metadata.name", metadata.name)
             made = known.build(w, fields.Subject(namespace, name, skipped))
         except Fault as fault:
@@ -250,6 +266,12 @@ class _Reader:
         self._made[ref] = made
         for left_out in skipped:
             self.refuse(ref, left_out, kept=True)
+
+
+@lru_cache(maxsize=4096)
+def _namespace(stated: str) -> str:
+    """Return the name of a namespace; there are few, so each is looked at once."""
+    return fields.label_name("metadata.namespace", stated)
 
 
 def _known_version(kind: str, stated: str | None) -> bool:

@@ -12,7 +12,7 @@ Source: Kubernetes pkg/apis/core/validation, pkg/proxy/serviceport.go.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import Any, Literal, NoReturn
 
 from clusterstate import fields, wire
 from clusterstate.faults import Fault, shown
@@ -31,59 +31,51 @@ _TYPES: dict[str | None, ServiceType] = {
 }
 _POLICIES: dict[str | None, Policy] = {None: "Cluster", "": "Cluster", "Cluster": "Cluster", "Local": "Local"}
 _FAMILY_ORDERS = {("IPv4",): (4,), ("IPv6",): (6,), ("IPv4", "IPv6"): (4, 6), ("IPv6", "IPv4"): (6, 4)}
-_AFFINITIES = {None: False, "": False, "None": False, "ClientIP": True}
+_PLAIN_FAMILIES = ((4,), ())
+"""What ``spec.ipFamilies`` may say of a Service with one IPv4 address."""
+_NO_AFFINITY = (None, "", "None")
 AFFINITY_SECONDS = 10800
 """The API server's default for ``sessionAffinityConfig.clientIP.timeoutSeconds``."""
 LONGEST_AFFINITY = 86400
 _NOTHING = wire.ServiceSpec()
 _NO_METADATA = wire.Metadata()
-_Word = TypeVar("_Word")
 
 
 def parse_service(w: wire.Service, at: Subject) -> tuple[Service, ...]:
     """Return the Service. Raises Fault where it cannot stand; notes in ``at.skipped`` what it stands without."""
     spec = w.spec or _NOTHING
-    kind = _word("spec.type", spec.type, _TYPES)
+    kind = _TYPES.get(spec.type) or _unknown("spec.type", spec.type, _TYPES)
     headless = spec.cluster_ip == "None" or spec.cluster_ips == ["None"]
     families = _families(spec.ip_families)
     metadata, status = w.metadata or _NO_METADATA, w.status and w.status.load_balancer
-    return (
-        Service(
-            namespace=at.namespace,
-            name=at.name,
-            type=kind,
-            cluster_ips=() if headless or kind == "ExternalName" else _cluster_ips(spec, families),
-            headless=headless,
-            ports=_ports(spec.ports, needed=not headless and kind != "ExternalName"),
-            selector=fields.labels(spec.selector) if spec.selector else None,
-            external_ips=_external_ips(spec.external_ips, at.skipped) if spec.external_ips else (),
-            load_balancer=_ingress(status.ingress, at.skipped) if status and status.ingress else (),
-            source_ranges=_source_ranges(spec.load_balancer_source_ranges, at.skipped)
-            if spec.load_balancer_source_ranges
-            else (),
-            external_policy=_policy("spec.externalTrafficPolicy", spec.external_traffic_policy),
-            internal_policy=_policy("spec.internalTrafficPolicy", spec.internal_traffic_policy),
-            affinity_seconds=_affinity(spec) if spec.session_affinity else 0,
-            health_check_node_port=_health_port(spec.health_check_node_port) if spec.health_check_node_port else 0,
-            publish_not_ready=spec.publish_not_ready_addresses or False,
-            ip_families=families,
-            labels=fields.labels(metadata.labels),
-            annotations=fields.notes(metadata.annotations) if metadata.annotations else NO_LABELS,
-        ),
+    outside, inside, labels = spec.external_traffic_policy, spec.internal_traffic_policy, fields.labels(metadata.labels)
+    service = Service(  # by position: so many keywords would take six times as long
+        at.namespace,
+        at.name,
+        kind,
+        () if headless or kind == "ExternalName" else _cluster_ips(spec, families),
+        headless,
+        _ports(spec.ports, needed=not headless and kind != "ExternalName"),
+        (labels if spec.selector == metadata.labels else fields.labels(spec.selector)) if spec.selector else None,
+        _external_ips(spec.external_ips, at.skipped) if spec.external_ips else (),
+        _ingress(status.ingress, at.skipped) if status and status.ingress else (),
+        _source_ranges(spec.load_balancer_source_ranges, at.skipped) if spec.load_balancer_source_ranges else (),
+        _POLICIES.get(outside) or _unknown("spec.externalTrafficPolicy", outside, _POLICIES),
+        _POLICIES.get(inside) or _unknown("spec.internalTrafficPolicy", inside, _POLICIES),
+        0 if spec.session_affinity in _NO_AFFINITY else _affinity(spec),
+        _health_port(spec.health_check_node_port) if spec.health_check_node_port else 0,
+        spec.publish_not_ready_addresses or False,
+        families,
+        labels,
+        fields.notes(metadata.annotations) if metadata.annotations else NO_LABELS,
     )
+    return (service,)
 
 
-def _word(path: str, value: str | None, words: dict[str | None, _Word]) -> _Word:
-    """Return what a word of the API means; absent and empty have their default in the table."""
-    found = words.get(value)
-    if found is None:
-        fields.one_of(path, value or "", [word for word in words if word])
-        raise AssertionError(path)
-    return found
-
-
-def _policy(path: str, value: str | None) -> Policy:
-    return "Cluster" if value is None or value == "Cluster" else _word(path, value, _POLICIES)
+def _unknown(path: str, value: str | None, words: dict[str | None, Any]) -> NoReturn:
+    """Refuse a word that is not in its table, where absent and empty have their default."""
+    fields.one_of(path, value or "", [word for word in words if word])
+    raise AssertionError(path)
 
 
 def _families(stated: list[str] | None) -> tuple[int, ...]:
@@ -101,15 +93,15 @@ def _families(stated: list[str] | None) -> tuple[int, ...]:
 def _cluster_ips(spec: wire.ServiceSpec, families: tuple[int, ...]) -> tuple[IPAddress, ...]:
     """Return the cluster IPs; ``clusterIP`` alone where an old object has no ``clusterIPs``."""
     stated = spec.cluster_ips
+    if stated and len(stated) == 1 and stated[0] == spec.cluster_ip and families in _PLAIN_FAMILIES:
+        plain = fields.plain_ipv4(stated[0])
+        if plain is not None:
+            return (plain,)  # nearly every Service
     if not stated:
         found: tuple[IPAddress, ...] = (fields.routable_ip("spec.clusterIP", spec.cluster_ip),) if spec.cluster_ip else ()
-    elif len(stated) == 1:
-        found = (fields.routable_ip("spec.clusterIPs[0]", stated[0]),)
     else:
         found = tuple([fields.routable_ip(f"spec.clusterIPs[{i}]", text) for i, text in enumerate(stated)])
         fields.one_per_family("spec.clusterIPs", found)
-    if len(found) == 1 and (not families or families[0] == found[0].version) and (not stated or stated[0] == spec.cluster_ip):
-        return found  # nearly every Service
     if stated and spec.cluster_ip and spec.cluster_ip != stated[0]:
         raise Fault("spec.clusterIPs[0]", f"must be spec.clusterIP {shown(spec.cluster_ip)}, is {shown(stated[0])}")
     for i, (address, family) in enumerate(zip(found, families, strict=False)):
@@ -125,13 +117,13 @@ def _ports(stated: list[wire.ServicePort] | None, needed: bool) -> tuple[Service
         if needed:
             raise Fault("spec.ports", "must state at least one port")
         return ()
-    found: list[ServicePort] = []
+    ports: tuple[ServicePort, ...] = ()
     for i, w in enumerate(stated):
         try:
-            found.append(_port(w.name, w.protocol, w.port, w.target_port, w.node_port))
+            one = _port(w.name, w.protocol, w.port, w.target_port, w.node_port)
         except Fault as fault:
             raise fault.under(f"spec.ports[{i}]") from None
-    ports = tuple(found)
+        ports = ports + one if ports else one
     if len(ports) > 1:
         _unique_ports(ports)
     return ports
@@ -140,20 +132,24 @@ def _ports(stated: list[wire.ServicePort] | None, needed: bool) -> tuple[Service
 @lru_cache(maxsize=4096)
 def _port(
     name: str | None, protocol: str | None, port: int | None, target: int | str | None, node_port: int | None
-) -> ServicePort:
-    """Return one port; its target is the port itself where nothing else is stated. Most Services have one of a few."""
+) -> tuple[ServicePort]:
+    """Return one port, as the ports of a Service without any other; its target is itself where nothing else is stated.
+
+    Most Services have one of a few, so these are one object.
+    """
     number = fields.required_port("port", port)
     if isinstance(target, str) and target:
         fields.label_name("targetPort", target)
     elif isinstance(target, int) and target:
         fields.number("targetPort", target, 1, 65535)
-    return ServicePort(
+    one = ServicePort(
         name=fields.label_name("name", name) if name else "",
         protocol=fields.protocol("protocol", protocol),
         port=number,
         target_port=target or number,
         node_port=fields.number("nodePort", node_port or 0, 0, 65535),
     )
+    return (one,)
 
 
 def _unique_ports(ports: tuple[ServicePort, ...]) -> None:
@@ -191,7 +187,7 @@ def _ingress(stated: list[wire.Ingress], skipped: list[Fault]) -> tuple[LoadBala
             continue
         path = f"status.loadBalancer.ingress[{i}]"
         try:
-            mode = _word(f"{path}.ipMode", w.ip_mode, _IP_MODES)
+            mode = _IP_MODES.get(w.ip_mode) or _unknown(f"{path}.ipMode", w.ip_mode, _IP_MODES)
             found.append(LoadBalancerIngress(fields.routable_ip(f"{path}.ip", w.ip), mode))
         except Fault as fault:
             skipped.append(fault)
@@ -227,11 +223,8 @@ def _health_port(value: int) -> int:
 
 
 def _affinity(spec: wire.ServiceSpec) -> int:
-    """Return the timeout of ``ClientIP`` affinity in seconds, or 0."""
-    if spec.session_affinity not in _AFFINITIES:
-        fields.one_of("spec.sessionAffinity", spec.session_affinity or "", [word for word in _AFFINITIES if word])
-    if not _AFFINITIES[spec.session_affinity]:
-        return 0
+    """Return the timeout of ``ClientIP`` affinity, the only other than none, in seconds."""
+    fields.one_of("spec.sessionAffinity", spec.session_affinity or "", ("None", "ClientIP"))
     config = spec.session_affinity_config
     seconds = config.client_ip.timeout_seconds if config and config.client_ip else None
     if seconds is None:

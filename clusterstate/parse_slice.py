@@ -14,6 +14,7 @@ Decides defaults of conditions and which ports count; how slices of one Service 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from sys import intern
 from typing import Literal
@@ -21,7 +22,7 @@ from typing import Literal
 from clusterstate import fields, wire
 from clusterstate.faults import Fault, shown
 from clusterstate.fields import Subject
-from clusterstate.objects import Endpoint, EndpointPort, EndpointSlice
+from clusterstate.objects import Endpoint, EndpointPort, EndpointSlice, IPAddress
 
 SERVICE_NAME = "kubernetes.io/service-name"
 SKIP_MIRROR = "endpointslice.kubernetes.io/skip-mirror"
@@ -38,41 +39,39 @@ def parse_slice(w: wire.EndpointSlice, at: Subject) -> tuple[EndpointSlice, ...]
         fields.one_of("addressType", w.address_type or "", ("IPv4", "IPv6", "FQDN"))
         return ()
     labels = (w.metadata and w.metadata.labels) or {}
-    endpoints: list[Endpoint] = []
-    for i, e in enumerate(w.endpoints or ()):
+    service, endpoints, ports = intern(labels.get(SERVICE_NAME, "")), _endpoints(w.endpoints or (), family, at), _ports(w.ports)
+    return (EndpointSlice(at.namespace, at.name, service, family, endpoints, ports, labels=fields.labels(labels)),)
+
+
+def _endpoints(stated: Sequence[wire.Endpoint], family: int, at: Subject) -> tuple[Endpoint, ...]:
+    """Return the endpoints; one without an address is left out, any other fault fails them all."""
+    found: list[Endpoint] = []
+    for i, e in enumerate(stated):
         if not e.addresses:
             at.skipped.append(Fault(f"endpoints[{i}].addresses", "must hold an address"))
             continue
         try:
-            endpoints.append(_endpoint(e, e.addresses[0], family, at.namespace))
+            found.append(_endpoint(e, e.addresses[0], family, at.namespace))
         except Fault as fault:
             raise fault.under(f"endpoints[{i}]") from None
-    return (
-        EndpointSlice(
-            namespace=at.namespace,
-            name=at.name,
-            service=intern(labels.get(SERVICE_NAME, "")),
-            family=family,
-            endpoints=tuple(endpoints),
-            ports=_ports(w.ports),
-            labels=fields.labels(labels),
-        ),
-    )
+    return tuple(found)
 
 
 def _endpoint(w: wire.Endpoint, text: str, family: int, namespace: str) -> Endpoint:
     """Return one endpoint, of which only the first address, ``text``, counts."""
-    address = fields.routable_ip("addresses[0]", text)
-    if address.version != family:
-        raise Fault("addresses[0]", f"must be of IPv{family} as addressType says, is {shown(text)}")
+    address: IPAddress | None = fields.plain_ipv4(text) if family == 4 else None
+    if address is None:
+        address = fields.routable_ip("addresses[0]", text)
+        if address.version != family:
+            raise Fault("addresses[0]", f"must be of IPv{family} as addressType says, is {shown(text)}")
     conditions, hints = w.conditions or _NO_CONDITIONS, w.hints
     return Endpoint(
         address,
         conditions.ready is not False,
         conditions.serving is not False,
         conditions.terminating is True,
-        fields.node_name("nodeName", w.node_name) if w.node_name else "",
-        shared(w.zone) if w.zone else "",
+        _node(w.node_name) if w.node_name else "",
+        intern(w.zone) if w.zone else "",
         _names(hints.for_zones) if hints else _NO_HINTS,
         _names(hints.for_nodes) if hints else _NO_HINTS,
         _pod(w.target_ref, namespace) if w.target_ref else "",
@@ -95,10 +94,10 @@ def _hints(names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(names)
 
 
-@lru_cache(maxsize=4096)
-def shared(text: str) -> str:
-    """Return a text that comes again and again (a zone), always the same object for the same text."""
-    return text
+@lru_cache(maxsize=16384)
+def _node(name: str) -> str:
+    """Return the name of a node; there are few beside what names them."""
+    return fields.node_name("nodeName", name)
 
 
 @lru_cache(maxsize=4096)
@@ -116,7 +115,7 @@ def _ports(stated: list[wire.EndpointPort] | None) -> tuple[EndpointPort, ...]:
             one = _port(w.name, w.protocol, w.port)
         except Fault as fault:
             raise fault.under(f"ports[{i}]") from None
-        if one and any(p.name == one[0].name and p.protocol == one[0].protocol for p in found):
+        if found and one and any(p.name == one[0].name and p.protocol == one[0].protocol for p in found):
             raise Fault(f"ports[{i}].name", f"must not be used twice with {one[0].protocol}, is {shown(one[0].name)}")
         found = found + one if found else one
     return found

@@ -6,8 +6,10 @@ same, so making one costs the change, not the cluster, and whoever holds an old 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, TypeAlias
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from operator import attrgetter
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 from immutables import Map
@@ -26,6 +28,8 @@ from clusterstate.objects import (
 
 Name: TypeAlias = tuple[str, str]
 """(namespace, name)."""
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -111,66 +115,66 @@ def edited(base: Snapshot, gone: Iterable[KubernetesObject], come: Iterable[Kube
 
     A new version of an object is in ``come`` alone. A slice that moves to another Service is in both.
     """
-    edits: dict[type[KubernetesObject], tuple[list[KubernetesObject], list[KubernetesObject]]] = {}
-    for side, objects in enumerate((gone, come)):
-        for one in objects:
-            edits.setdefault(type(one), ([], []))[side].append(one)
+    old, new = _by_kind(gone), _by_kind(come)
     tables: dict[str, Map[Any, Any]] = {}
-    for kind, (old, new) in edits.items():
-        table = _TABLES[kind]
+    for kind in {**old, **new}:
+        table, key = _TABLES[kind]
         if kind is EndpointSlice:
-            tables[table] = _edited_slices(base.slices, old, new)
+            tables[table] = _edited_slices(base.slices, old[kind], new[kind])
             continue
         before: Map[Any, KubernetesObject] = getattr(base, table)
-        with before.mutate() as entries:
-            for one in old:
-                entries.pop(_key(one), None)
-            for one in new:
-                entries[_key(one)] = one
-            tables[table] = entries.finish()
+        entries = dict(zip(map(key, new[kind]), new[kind], strict=True))
+        tables[table] = _merged(before, map(key, old[kind]), entries)
     return msgspec.structs.replace(base, **tables)
 
 
-_TABLES: dict[type[KubernetesObject], str] = {
-    Service: "services",
-    EndpointSlice: "slices",
-    Node: "nodes",
-    Pod: "pods",
-    Namespace: "namespaces",
-    NetworkPolicy: "policies",
-    ServiceCIDR: "service_cidrs",
+def _by_kind(objects: Iterable[KubernetesObject]) -> defaultdict[type[KubernetesObject], list[Any]]:
+    found: defaultdict[type[KubernetesObject], list[Any]] = defaultdict(list)
+    for one in objects:
+        found[type(one)].append(one)
+    return found
+
+
+def _merged(before: Map[_Key, _Value], gone: Iterable[_Key], come: dict[_Key, _Value]) -> Map[_Key, _Value]:
+    """Return ``before`` without the keys in ``gone`` and with what is in ``come``. Into nothing, as on the first load, all goes at once."""
+    if not before:
+        return Map(come)
+    with before.mutate() as entries:
+        for key in gone:
+            entries.pop(key, None)
+        entries.update(come)
+    return entries.finish()
+
+
+_ONE_NAME, _TWO_NAMES = attrgetter("name"), attrgetter("namespace", "name")
+_TABLES: dict[type[KubernetesObject], tuple[str, Callable[[Any], Any]]] = {
+    Service: ("services", _TWO_NAMES),
+    EndpointSlice: ("slices", attrgetter("namespace", "service")),
+    Node: ("nodes", _ONE_NAME),
+    Pod: ("pods", _TWO_NAMES),
+    Namespace: ("namespaces", _ONE_NAME),
+    NetworkPolicy: ("policies", _TWO_NAMES),
+    ServiceCIDR: ("service_cidrs", _ONE_NAME),
 }
-
-
-def _key(one: KubernetesObject) -> Name | str:
-    match one:
-        case Node() | Namespace() | ServiceCIDR():
-            return one.name
-        case _:
-            return (one.namespace, one.name)
+"""Which table of the snapshot holds a kind, and under which key."""
 
 
 Slices: TypeAlias = Map[Name, Map[ObjectRef, EndpointSlice]]
+_NO_SLICES: Map[ObjectRef, EndpointSlice] = Map()
 
 
-def _edited_slices(before: Slices, gone: Iterable[KubernetesObject], come: Iterable[KubernetesObject]) -> Slices:
+def _edited_slices(before: Slices, gone: list[EndpointSlice], come: list[EndpointSlice]) -> Slices:
     """Edit the slices Service by Service; a Service without any has no entry."""
-    changes: dict[Name, dict[ObjectRef, EndpointSlice | None]] = {}
-    for new, objects in ((False, gone), (True, come)):
-        for one in objects:
-            if isinstance(one, EndpointSlice):
-                changes.setdefault((one.namespace, one.service), {})[one.ref] = one if new else None
-    with before.mutate() as groups:
-        for service, refs in changes.items():
-            with groups.get(service, Map()).mutate() as group:
-                for ref, slice_ in refs.items():
-                    if slice_ is None:
-                        group.pop(ref, None)
-                    else:
-                        group[ref] = slice_
-                merged = group.finish()
-            if merged:
-                groups[service] = merged
-            else:
-                groups.pop(service, None)
-    return groups.finish()
+    groups: dict[Name, Map[ObjectRef, EndpointSlice]] = {}
+    for one in gone:
+        service, ref = (one.namespace, one.service), one.ref
+        group = groups[service] if service in groups else before.get(service, _NO_SLICES)
+        groups[service] = group.delete(ref) if ref in group else group
+    for one in come:
+        service = (one.namespace, one.service)
+        group = groups[service] if service in groups else before.get(service, _NO_SLICES)
+        groups[service] = group.set(one.ref, one)
+    if not gone:
+        return _merged(before, (), groups)
+    emptied = [service for service, group in groups.items() if not group]
+    return _merged(before, emptied, {service: group for service, group in groups.items() if group})

@@ -85,16 +85,18 @@ class Plan(msgspec.Struct, frozen=True):
     def text(self) -> str:
         """Print it as one ``iptables-restore --noflush --counters`` input; empty for an empty plan."""
         lines: list[str] = []
-        for _, piece in self._pieces():
-            lines += piece
-        return "\n".join([*lines, ""]) if lines else ""
+        for changes, print_change in self._parts():
+            for change in changes:
+                lines += print_change(change)
+        return "\n".join(lines) + "\n" if lines else ""
 
     def change_at(self, line: int) -> Change | None:
         """Return the change that wrote a 1-based line of ``text``; None for table and COMMIT lines."""
-        for change, piece in self._pieces():
-            line -= len(piece)
-            if line <= 0:
-                return change
+        for changes, print_change in self._parts():
+            for change in changes:
+                line -= len(print_change(change))
+                if line <= 0:
+                    return change
         return None
 
     def of_table(self, table: Table) -> Plan:
@@ -107,23 +109,46 @@ class Plan(msgspec.Struct, frozen=True):
         touched = {change.key.table for change in self.changes}
         return tuple(table for table in TABLES if table in touched)
 
-    def _pieces(self) -> Iterator[tuple[Change | None, list[str]]]:
-        """Yield lines with the change that wrote them, in the order of the text."""
-        sorted_out: dict[tuple[Table, type[Change]], list[Any]] = defaultdict(list)
-        declared: dict[Table, list[Replace | Delete]] = defaultdict(list)
+    def _parts(self) -> Iterator[tuple[Sequence[Change | None], Callable[[Any], list[str]]]]:
+        """Yield, in the order of the text, changes (None: a table's own lines) with what prints each as lines."""
+        of_table: dict[Table, list[Change]] = defaultdict(list)
         for change in self.changes:
-            sorted_out[change.key.table, type(change)].append(change)
-            if isinstance(change, Replace | Delete):
-                declared[change.key.table].append(change)
-        for table in self.tables:
-            yield None, [f"*{table}"]
-            yield from ((c, [f":{c.key.name} - [0:0]"]) for c in declared[table])
-            yield from ((c, [f"-D {c.key.name}{print_spec(c.rule)}"]) for c in sorted_out[table, RemoveAnchor])
-            yield from ((c, chain_lines(c.key.name, c.rules)) for c in sorted_out[table, Replace])
-            yield from ((c, _edit_lines(c)) for c in sorted_out[table, Edit])
-            yield from ((c, [_insert_line(c)]) for c in sorted_out[table, InsertAnchor])
-            yield from ((c, [f"-X {c.key.name}"]) for c in sorted_out[table, Delete])
-            yield None, ["COMMIT"]
+            of_table[change.key.table].append(change)
+        for table in [table for table in TABLES if table in of_table]:
+            kinds: dict[type[Change], list[Change]] = defaultdict(list)
+            for change in of_table[table]:
+                kinds[type(change)].append(change)
+            yield _TABLE_LINE, _fixed(f"*{table}")
+            yield [c for c in of_table[table] if type(c) is Replace or type(c) is Delete], _declaration
+            yield kinds[RemoveAnchor], _remove_line
+            yield kinds[Replace], _replace_lines
+            yield kinds[Edit], _edit_lines
+            yield kinds[InsertAnchor], _insert_line
+            yield kinds[Delete], _delete_line
+            yield _TABLE_LINE, _fixed("COMMIT")
+
+
+_TABLE_LINE = (None,)
+
+
+def _fixed(line: str) -> Callable[[None], list[str]]:
+    return lambda _: [line]
+
+
+def _declaration(change: Replace | Delete) -> list[str]:
+    return [f":{change.key.name} - [0:0]"]
+
+
+def _remove_line(change: RemoveAnchor) -> list[str]:
+    return [f"-D {change.key.name}{print_spec(change.rule)}"]
+
+
+def _replace_lines(change: Replace) -> list[str]:
+    return chain_lines(change.key.name, change.rules)
+
+
+def _delete_line(change: Delete) -> list[str]:
+    return [f"-X {change.key.name}"]
 
 
 def _edit_lines(edit: Edit) -> list[str]:
@@ -133,10 +158,9 @@ def _edit_lines(edit: Edit) -> list[str]:
     ]
 
 
-def _insert_line(change: InsertAnchor) -> str:
-    if not change.position:
-        return f"-A {change.key.name}{print_spec(change.rule)}"
-    return f"-I {change.key.name} {change.position}{print_spec(change.rule)}"
+def _insert_line(change: InsertAnchor) -> list[str]:
+    place = f"-I {change.key.name} {change.position}" if change.position else f"-A {change.key.name}"
+    return [place + print_spec(change.rule)]
 
 
 # -- chains ------------------------------------------------------------------------------------------------------------

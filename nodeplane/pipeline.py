@@ -16,7 +16,7 @@ from collections.abc import Callable
 import msgspec
 
 from clusterstate.objects import Node
-from clusterstate.snapshot import Name, Snapshot, Update
+from clusterstate.snapshot import Snapshot, Update
 from kernelstate.objects.address import Family, Prefix
 from kernelstate.objects.links import LinkState
 from kernelstate.objects.netfilter import Anchor, ChainKey, Rule, Ruleset
@@ -32,7 +32,6 @@ from proxy.compile import ServiceCompiler
 from proxy.conntrack import StaleFlows
 from proxy.render.iptables_program import CHAIN_NAMES, CHAIN_PREFIXES, IptablesProgram
 from proxy.settings import NodeFacts, ProxySettings
-from proxy.table import ServiceEntry
 
 OWNERSHIP = Ownership(
     names=frozenset((*CHAIN_NAMES, *OVERLAY_CHAINS)),
@@ -122,22 +121,23 @@ class Pipeline:
             self.compiler.node = node
             names = None
         changed = self.compiler.update(update.snapshot, names)
+        entries, in_use = self.compiler.entries, self._service_families
         for name, before in changed.items():
-            self._note(name, before, stale)
+            after = entries.get(name, ())
+            for entry in before:
+                in_use[entry.family] -= 1
+            for entry in after:
+                in_use[entry.family] += 1
+            if self._started:
+                stale.note(before, after)
         if not self._started:
-            stale.note_all(self.compiler.entries)
+            stale.note_all(entries)
         families = self._families(settings, node)
         if self.program is None or self.program.node != node or self.program.families != families:
             self.program = IptablesProgram(settings, node, families)
-            self.program.update(self.compiler.entries, None)
+            self.program.update(entries, None)
             return None
-        return self.program.update(self.compiler.entries, changed)
-
-    def _note(self, name: Name, before: tuple[ServiceEntry, ...], stale: StaleFlows) -> None:
-        after = self.compiler.entries.get(name, ())
-        self._service_families.subtract(e.family for e in before)
-        self._service_families.update(e.family for e in after)
-        stale.note(before, after)
+        return self.program.update(entries, changed)
 
     def _families(self, settings: ProxySettings, node: NodeFacts) -> tuple[Family, ...]:
         """Return the families in use: the node's, its pods' and the Services'; rules of another would never be met."""

@@ -46,6 +46,8 @@ def compile_service(service: Service, slices: Iterable[EndpointSlice], node: Nod
 
 
 def _families(service: Service) -> list[Family]:
+    if len(service.cluster_ips) == 1:
+        return [service.cluster_ips[0].version]
     return sorted({a.version for a in service.cluster_ips})
 
 
@@ -53,7 +55,7 @@ def _compile_port(
     service: Service, port: ServicePort, family: Family, slices: list[EndpointSlice], node: NodeFacts
 ) -> ServiceEntry:
     frontends = _frontends(service, port, family)
-    external = any(f.kind is not Kind.CLUSTER_IP for f in frontends)
+    external = len(frontends) > 1  # the first is the ClusterIP
     internal_local = service.internal_policy == "Local"
     external_local = service.external_policy == "Local" and external
     candidates = _candidates(slices, port, node.name)
@@ -75,7 +77,7 @@ def _compile_port(
         external_local=external_local,
         has_any=chosen.has_any,
         affinity_seconds=service.affinity_seconds,
-        source_ranges=tuple([r for r in service.source_ranges if r.version == family]),
+        source_ranges=tuple([r for r in service.source_ranges if r.version == family]) if service.source_ranges else (),
         health_check_node_port=service.health_check_node_port if has_health_check else 0,
         serving=tuple([c.backend for c in candidates if c.endpoint.serving]) if port.protocol == "UDP" else (),
     )
@@ -100,10 +102,11 @@ def _candidates(slices: list[EndpointSlice], port: ServicePort, node: str) -> li
     """Collect the endpoints of one ServicePort, each address and port once, in the order of their printed names."""
     found: dict[str, Candidate] = {}
     for one in slices:
-        pattern = "[{}]:{}" if one.family == 6 else "{}:{}"
+        family = one.family
         for number in [p.port for p in one.ports if p.name == port.name and p.protocol == port.protocol]:
             for endpoint in one.endpoints:
-                name = pattern.format(address_text(one.family, int(endpoint.address)), number)
+                address = address_text(family, int(endpoint.address))
+                name = f"{address}:{number}" if family == 4 else f"[{address}]:{number}"
                 if endpoint.terminating and name in found:
                     continue  # while slices are rewritten an endpoint may be in two: the living entry counts
                 local = endpoint.node == node != ""
@@ -129,8 +132,8 @@ class ServiceCompiler:
     def update(self, snapshot: Snapshot, names: Iterable[Name] | None) -> dict[Name, tuple[ServiceEntry, ...]]:
         """Compile the Services in ``names`` again (None: all) and return those whose entries changed, as they were before."""
         todo = set(self._compiled) | set(snapshot.services) if names is None else set(names)
-        unsettled: set[Name] = set()
-        for name in todo:
+        unsettled: dict[Name, None] = {}
+        for name in sorted(todo):  # in order, so that what is used together later lies together in memory
             service = snapshot.services.get(name)
             compiled = compile_service(service, snapshot.slices_of(name), self.node) if service else ()
             before = self._compiled.get(name, ())
@@ -140,10 +143,10 @@ class ServiceCompiler:
                 self._compiled[name] = compiled
             else:
                 del self._compiled[name]
-            unsettled.add(name)
+            unsettled[name] = None
             lost, won = _claimed(before) if before else [], _claimed(compiled)
             if lost != won:
-                unsettled |= self._move_claims(name, lost, won)
+                unsettled |= dict.fromkeys(self._move_claims(name, lost, won))
         changed = {}
         for name in unsettled:
             before = self.entries.get(name, ())
@@ -218,7 +221,7 @@ def _key(entry: ServiceEntry, frontend: Frontend) -> FrontendKey:
 
 def _claimed(entries: tuple[ServiceEntry, ...]) -> list[FrontendKey]:
     """Return the frontends claimed by a Service, each once (a Service may repeat an address as ClusterIP and externalIP)."""
-    return list(dict.fromkeys(_key(e, f) for e in entries for f in e.frontends))
+    return list(dict.fromkeys([_key(e, f) for e in entries for f in e.frontends]))
 
 
 _FIELDS = {

@@ -38,7 +38,9 @@ def eligible_backends(
 ) -> Eligible:
     """Sort candidates into pools. The order of ``candidates`` is kept."""
     ready = [c for c in candidates if c.endpoint.ready]
-    fallback = [c for c in candidates if c.endpoint.terminating and c.endpoint.serving]
+    fallback: list[Candidate] = []
+    if uses_local or not ready:
+        fallback = [c for c in candidates if c.endpoint.terminating and c.endpoint.serving]
     cluster: list[Candidate] = []
     if uses_cluster:
         cluster = _in_topology(ready, node, zone) or fallback
@@ -54,11 +56,14 @@ def eligible_backends(
 
 def _in_topology(ready: list[Candidate], node: str, zone: str) -> list[Candidate]:
     """Keep the endpoints hinted for this node, else for its zone; hints count only if every ready endpoint has them."""
-    if all(c.endpoint.node_hints for c in ready):
+    if not ready:
+        return ready
+    first = ready[0].endpoint  # in most clusters nobody has hints: it alone decides
+    if first.node_hints and all(c.endpoint.node_hints for c in ready):
         same_node = [c for c in ready if node in c.endpoint.node_hints]
         if same_node:
             return same_node
-    if zone and all(c.endpoint.zone_hints for c in ready):
+    if zone and first.zone_hints and all(c.endpoint.zone_hints for c in ready):
         same_zone = [c for c in ready if zone in c.endpoint.zone_hints]
         if same_zone:
             return same_zone

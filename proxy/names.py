@@ -13,19 +13,22 @@ Source: kubernetes pkg/proxy/iptables (facts; recomputed against its published e
 from __future__ import annotations
 
 from hashlib import sha256
+from struct import Struct
 
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
 _PAIRS = [a + b for a in _ALPHABET for b in _ALPHABET]
 """Base32 ten bits at a time: a first sync of a large cluster hashes tens of thousands of names."""
+_FIRST_BITS = Struct(">QH").unpack_from
+"""The first 80 bits of a digest as a number of 64 bits and one of 16."""
 
 
 def hash16(text: str) -> str:
-    """Return the first 16 characters of the RFC 4648 base32 form of ``text``'s SHA-256: its first 80 bits, in two halves."""
-    digest, p = sha256(text.encode()).digest(), _PAIRS
-    a, b = int.from_bytes(digest[:5], "big"), int.from_bytes(digest[5:10], "big")
+    """Return the first 16 characters of the RFC 4648 base32 form of ``text``'s SHA-256: its first 80 bits."""
+    a, b = _FIRST_BITS(sha256(text.encode()).digest())
+    p = _PAIRS
     return (
-        f"{p[a >> 30]}{p[a >> 20 & 1023]}{p[a >> 10 & 1023]}{p[a & 1023]}"
-        f"{p[b >> 30]}{p[b >> 20 & 1023]}{p[b >> 10 & 1023]}{p[b & 1023]}"
+        f"{p[a >> 54]}{p[a >> 44 & 1023]}{p[a >> 34 & 1023]}{p[a >> 24 & 1023]}"
+        f"{p[a >> 14 & 1023]}{p[a >> 4 & 1023]}{p[(a & 15) << 6 | b >> 10]}{p[b & 1023]}"
     )
 
 

@@ -39,6 +39,8 @@ SETTLE = 0.05
 LONGEST_SETTLE = 1.0
 DOUBT = 5
 """Milliseconds to wait for news of a file that holds less than before: cut short by a writer this moment, its event is on the way."""
+BROKEN = 100
+"""The same for a file that is empty or breaks off: on a busy machine its writer may have been stopped in the middle."""
 ROUNDS = 50
 """How often one ``poll`` looks for more before it hands over what it has; the rest stays for the next."""
 
@@ -135,7 +137,7 @@ class FileSource:
             elif not os.path.islink(directory):
                 touched |= self._look_at(directory)
         self._unread = (self._unread | touched) & self._watch.writing
-        doubtful = False
+        patience = 0
         for path in sorted(touched - self._unread):
             if not os.path.lexists(path):
                 if not self._is_lost(path):
@@ -145,9 +147,12 @@ class FileSource:
             holding = self._read(path)
             if holding is not None:
                 files[path] = holding
-                doubtful |= bool(holding.errors) or not holding.objects.keys() >= self._holdings.of(path).objects.keys()
-        if doubtful:
-            self._watch.wait(DOUBT)
+                if any(error.ref is None for error in holding.errors):
+                    patience = max(patience, BROKEN)
+                elif holding.errors or not holding.objects.keys() >= self._holdings.of(path).objects.keys():
+                    patience = max(patience, DOUBT)
+        if patience:
+            self._watch.wait(patience)
 
     def _look_at_root(self, root: str) -> set[str]:
         """Look whether a given path has come or gone. Returns the files to read."""

@@ -101,10 +101,12 @@ class Holdings:
 
     def replace(self, files: Mapping[str, Holding | None]) -> Difference:
         """Take new versions of some files (None: the file is gone) and edit the snapshot (not its revision). Costs what differs."""
+        if not self._owners:
+            return self._first(files)
         refs: set[ObjectRef] = set()
         for path, new in files.items():
             refs.update(_differing(self.of(path).objects, (new or NOTHING).objects))
-        before = {ref: self._made(ref) for ref in refs if ref in self._owners} if self._owners else {}
+        before = {ref: self._made(ref) for ref in refs if ref in self._owners}
         for path, new in files.items():
             self._put(path, new)
         gone: list[KubernetesObject] = []
@@ -116,6 +118,14 @@ class Holdings:
         self.snapshot = edited(self.snapshot, gone, come)
         return Difference(gone, come)
 
+    def _first(self, files: Mapping[str, Holding | None]) -> Difference:
+        """Do what ``replace`` does where nothing was held: all that counts now has come, so there is nothing to compare."""
+        for path, new in files.items():
+            self._put(path, new)
+        come = [one for ref, owners in self._owners.items() for one in self._files[owners[0]].objects[ref]]
+        self.snapshot = edited(self.snapshot, (), come)
+        return Difference([], come)
+
     def _made(self, ref: ObjectRef) -> Made:
         """Return the version of an object that counts."""
         owners = self._owners.get(ref)
@@ -126,9 +136,12 @@ class Holdings:
         for ref in old.keys() - now.keys() if old else ():
             self._own(ref, tuple([other for other in self._owners[ref] if other != path]))
         alone = (path,)
-        for ref in now.keys() - old.keys() if old else now:
-            others = self._owners.get(ref)
-            self._own(ref, tuple(sorted((*others, path))) if others else alone)
+        if not self._owners:
+            self._owners = dict.fromkeys(now, alone)  # the first file, often the only one
+        else:
+            for ref in now.keys() - old.keys() if old else now:
+                others = self._owners.get(ref)
+                self._own(ref, tuple(sorted((*others, path))) if others else alone)
         self._faulty.discard(path)
         if new is None:
             self._files.pop(path, None)

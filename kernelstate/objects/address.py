@@ -61,8 +61,13 @@ class Prefix(msgspec.Struct, frozen=True, gc=False, order=True):
         return f"{address_text(self.family, self.network)}/{self.length}"
 
 
+_OCTETS = [str(octet) for octet in range(256)]
+"""A lookup is half the price of printing a number, and a large cluster has a hundred thousand addresses to print."""
+
+
 def address_text(family: Family, number: int) -> str:
-    """Print an address held as a number; four times faster than ``ipaddress`` for IPv4."""
+    """Print an address held as a number."""
     if family == 4:
-        return f"{number >> 24}.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
+        octets = _OCTETS
+        return f"{octets[number >> 24]}.{octets[number >> 16 & 255]}.{octets[number >> 8 & 255]}.{octets[number & 255]}"
     return str(IPv6Address(number))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, assert_never
 
-from kernelstate.objects.address import Family, Prefix, address_text
+from kernelstate.objects.address import BITS, Family, Prefix, address_text
 from kernelstate.objects.netfilter import (
     PROBABILITY_ONE,
     AddrType,
@@ -56,7 +56,7 @@ STATE_ORDER = ("INVALID", "NEW", "RELATED", "ESTABLISHED", "UNTRACKED", "SNAT", 
 
 def print_rule(chain: str, rule: Rule) -> str:
     """Print one rule as an ``-A CHAIN ...`` line without its end of line."""
-    return f"-A {chain}{print_spec(rule)}"
+    return _print_after(f"-A {chain}", rule)
 
 
 def print_ruleset(ruleset: Ruleset, family: Family) -> str:
@@ -91,12 +91,16 @@ def _print_table(lines: list[str], ruleset: Ruleset, family: Family, table: Tabl
 def chain_lines(name: str, rules: Iterable[Rule]) -> list[str]:
     """Print the rules of one chain as ``-A`` lines."""
     head = f"-A {name}"
-    return [head + print_spec(rule) for rule in rules]
+    return [_print_after(head, rule) for rule in rules]
 
 
 def print_spec(rule: Rule) -> str:
     """Print what follows ``-A CHAIN``, with its leading space; the same words identify the rule behind ``-D CHAIN``."""
-    text = ""
+    return _print_after("", rule)
+
+
+def _print_after(text: str, rule: Rule) -> str:
+    """Print a rule behind ``text``."""
     pending = True  # the IP header's fields are still to be printed
     for match in rule.matches:
         kind = type(match)
@@ -106,7 +110,7 @@ def print_spec(rule: Rule) -> str:
         elif kind is Comment:
             text += f" -m comment --comment {quote(match.text)}"  # type: ignore[union-attr]
         else:
-            if pending and kind is not AddrType and not _has_transport(rule):
+            if pending and kind is not AddrType and not (rule.protocol and _has_transport(rule)):
                 text += _header(rule)
                 pending = False
             text += _MATCHES[kind](match)
@@ -115,23 +119,23 @@ def print_spec(rule: Rule) -> str:
     target = rule.target
     if type(target) is Jump and not target.goto:
         return f"{text} -j {target.chain}"
-    if type(target) is Dnat:  # with jumps, nearly all there are
-        return f"{text} -j DNAT --to-destination {_endpoint(target.family, target.address, target.port)}"
+    if type(target) is Dnat and target.family == 4 and target.port:  # with jumps, nearly all there are
+        return f"{text} -j DNAT --to-destination {address_text(4, target.address)}:{target.port}"
     return text + _target(target) if target is not None else text
 
 
 def _has_transport(rule: Rule) -> bool:
+    """Whether the header will be printed with a transport match; only asked where the rule names a protocol."""
     return any(type(match) is Transport for match in rule.matches)
 
 
 def _header(rule: Rule) -> str:
-    text = ""
-    if rule.protocol:
-        text = f" -p {rule.protocol}"
-    if rule.destination is not None:
-        text += f"{' !' if rule.destination_negated else ''} -d {prefix_text(rule.destination)}"
-    if rule.source is not None:
-        text += f"{' !' if rule.source_negated else ''} -s {prefix_text(rule.source)}"
+    destination, source = rule.destination, rule.source
+    text = f" -p {rule.protocol}" if rule.protocol else ""
+    if destination is not None:
+        text += f"{' !' if rule.destination_negated else ''} -d {prefix_text(destination)}"
+    if source is not None:
+        text += f"{' !' if rule.source_negated else ''} -s {prefix_text(source)}"
     if rule.in_interface or rule.out_interface:
         text += _interfaces(rule)
     return text
@@ -162,13 +166,13 @@ def _interfaces(rule: Rule) -> str:
 
 def prefix_text(prefix: Prefix) -> str:
     """Print a prefix; one address goes without its length."""
-    number = prefix.network
-    length = prefix.length
-    if prefix.family == 4:
-        text = f"{number >> 24}.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"  # address_text without the call
-        return text if length == 32 else f"{text}/{length}"
-    text = address_text(6, number)
-    return text if length == 128 else f"{text}/{length}"
+    if prefix.length == BITS[prefix.family]:
+        return address_text(prefix.family, prefix.network)
+    return _network_text(prefix)
+
+
+_network_text = lru_cache(256)(str)
+"""The same few networks are in a rule of every Service."""
 
 
 def _ports(ports: tuple[int, int]) -> str:

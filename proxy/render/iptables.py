@@ -23,7 +23,6 @@ Source: iptables-extensions(8); kube-proxy 1.36's rule set is the contract for n
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import msgspec
 
@@ -81,10 +80,54 @@ class EntryRules(msgspec.Struct, frozen=True):
 
 def render_entry(entry: ServiceEntry, context: EntryContext) -> EntryRules:
     """Write the rules of one entry."""
-    return _EntryWriter(entry, context).write()
+    if is_plain(entry):
+        return render_plain(entry, context)
+    return EntryWriter(entry, context).write()
 
 
-class _EntryWriter:
+def is_plain(entry: ServiceEntry) -> bool:
+    """Whether an entry is what most of a large cluster consists of: a ClusterIP and somebody behind it, nothing else."""
+    return (
+        len(entry.frontends) == 1
+        and entry.frontends[0].kind is _CLUSTER_IP
+        and entry.cluster != ()
+        and not (entry.local or entry.internal_local or entry.affinity_seconds or entry.health_check_node_port)
+    )
+
+
+def render_plain(entry: ServiceEntry, context: EntryContext) -> EntryRules:
+    """Write the rules of an entry that ``is_plain``: what ``EntryWriter`` writes, in a quarter of its time."""
+    family, bits, title = context.family, BITS[context.family], str(entry.name)
+    protocol = _PROTOCOLS[entry.name.protocol]
+    frontend, pool = entry.frontends[0], entry.cluster
+    svc = "KUBE-SVC-" + port_hash(title, protocol)
+    match = (Comment(f"{title} cluster IP"), _transport(protocol, frontend.port))
+    address = Prefix(family, int(frontend.address), bits)  # type: ignore[arg-type]  # a ClusterIP has one
+    to_endpoint: list[Rule] = []
+    if context.masquerade_all:
+        to_endpoint.append(Rule(TO_MARK_MASQ, match, protocol, None, address))
+    elif context.detector is not None:
+        to_endpoint.append(_unless_local(Rule(TO_MARK_MASQ, match, protocol, None, address), context.detector))
+    svc_key = ChainKey(family, "nat", svc)
+    chains: dict[ChainKey, tuple[Rule, ...]] = {svc_key: ()}  # stands first, known last
+    comments = context.endpoint_comments
+    own: tuple[Match, ...] = (Comment(title),) if comments else ()
+    to_pod = (*own, _transport(protocol, 0))
+    left = len(pool)
+    for backend in pool:
+        name, number = backend.name, int(backend.address)
+        sep, chance = endpoint_chain(title, protocol, name), _one_of(left)
+        to_endpoint.append(Rule(Jump(sep), (Comment(f"{title} -> {name}"), *chance) if comments else chance))
+        chains[ChainKey(family, "nat", sep)] = (
+            Rule(TO_MARK_MASQ, own, "", Prefix(family, number, bits)),
+            Rule(Dnat(family, number, backend.port), to_pod, protocol),
+        )
+        left -= 1
+    chains[svc_key] = tuple(to_endpoint)
+    return EntryRules(chains, {_nat_services(family): (Rule(Jump(svc), match, protocol, None, address),)})
+
+
+class EntryWriter:
     """The names and flags that all rules of one entry share."""
 
     def __init__(self, entry: ServiceEntry, context: EntryContext) -> None:
@@ -107,6 +150,7 @@ class _EntryWriter:
         self.rules = EntryRules({}, {})
 
     def write(self) -> EntryRules:
+        """Write every rule of the entry."""
         if not self.entry.frontends:
             return self.rules  # every one was lost to another Service: nothing would ever jump here
         for frontend in self.entry.frontends:
@@ -150,8 +194,8 @@ class _EntryWriter:
     def _node_ports_open(self) -> bool:
         return self.context.node_ports.everywhere or bool(self.context.node_ports.addresses)
 
-    def _to(self, frontend: Frontend, target: Target, text: str = "", *between: Match, **more: Any) -> Rule:
-        """Return the rule that meets exactly the packets to a frontend; ``more`` fields narrow it."""
+    def _to(self, frontend: Frontend, target: Target, text: str = "", *between: Match) -> Rule:
+        """Return the rule that meets exactly the packets to a frontend."""
         if not text:
             text = self.title if frontend.kind is Kind.NODE_PORT else f"{self.title} {_TITLES[frontend.kind]}"
         transport = _transport(self.protocol, frontend.port)
@@ -160,7 +204,6 @@ class _EntryWriter:
             (Comment(text), *between, transport),
             self.protocol,
             destination=None if frontend.address is None else Prefix(self.family, int(frontend.address), BITS[self.family]),
-            **more,
         )
 
     def _refuse(self, frontend: Frontend) -> Rule:
@@ -193,28 +236,19 @@ class _EntryWriter:
                 Rule(Jump(sep), (*comment, Recent(sep, set=False, seconds=self.entry.affinity_seconds)))
                 for sep, comment in zip(seps, comments, strict=True)
             ]
-        last = len(seps) - 1
         rules += [
-            Rule(Jump(sep), (*comment, _one_of(last + 1 - i)) if i < last else comment)
+            Rule(Jump(sep), (*comment, *_one_of(len(seps) - i)))
             for i, (sep, comment) in enumerate(zip(seps, comments, strict=True))
         ]
         self._own(chain, rules)
 
     def _masquerade_outsiders(self) -> list[Rule]:
         """Return the rules that mark traffic to the ClusterIP whose replies would not come back by themselves."""
-        rules = []
+        rules = [self._to(frontend, TO_MARK_MASQ) for frontend in self.internal]
         detector = self.context.detector
-        for frontend in self.internal:
-            if self.context.masquerade_all:
-                rules.append(self._to(frontend, TO_MARK_MASQ))
-            elif detector is None:
-                continue
-            elif detector.prefix is not None:
-                rules.append(self._to(frontend, TO_MARK_MASQ, source=detector.prefix, source_negated=True))
-            else:
-                interface = detector.interface
-                rules.append(self._to(frontend, TO_MARK_MASQ, in_interface=interface, in_interface_negated=True))
-        return rules
+        if self.context.masquerade_all:
+            return rules
+        return [_unless_local(rule, detector) for rule in rules] if detector is not None else []
 
     def _external_chain(self) -> None:
         """Write KUBE-EXT: traffic from outside, its source kept (Local) or replaced (Cluster)."""
@@ -272,19 +306,41 @@ class _EntryWriter:
         self.rules.shared[key] = (*self.rules.shared.get(key, ()), rule)
 
 
+@lru_cache(2)
+def _nat_services(family: Family) -> ChainKey:
+    return ChainKey(family, "nat", SERVICES)
+
+
 @lru_cache(4096)
 def _transport(protocol: Protocol, port: int) -> Transport:
     """Return the match of one destination port (0: any); many Services share a few."""
     return Transport(protocol, (port, port) if port else None)  # type: ignore[arg-type]
 
 
+_CLUSTER_IP = Kind.CLUSTER_IP
 _TITLES = {kind: kind.value for kind in Kind}
 _PROTOCOLS: dict[str, Protocol] = {"TCP": "tcp", "UDP": "udp", "SCTP": "sctp"}
-_STATISTICS = tuple(Statistic.one_of(n) if n else Statistic(0) for n in range(256))
+_ONE_OF: tuple[tuple[Match, ...], ...] = ((), (), *((Statistic.one_of(n),) for n in range(2, 256)))
+"""What lets one packet in n pass: by index n, nothing for the last endpoint left."""
 
 
-def _one_of(n: int) -> Statistic:
-    return _STATISTICS[n] if n < 256 else Statistic.one_of(n)
+def _one_of(n: int) -> tuple[Match, ...]:
+    return _ONE_OF[n] if n < len(_ONE_OF) else (Statistic.one_of(n),)
+
+
+def _unless_local(rule: Rule, detector: LocalDetector) -> Rule:
+    """Narrow a rule to what is not pod traffic; as ``replace`` would, which takes far longer."""
+    by_prefix = detector.prefix is not None
+    return Rule(
+        rule.target,
+        rule.matches,
+        rule.protocol,
+        detector.prefix,
+        rule.destination,
+        source_negated=by_prefix,
+        in_interface=detector.interface,
+        in_interface_negated=not by_prefix,
+    )
 
 
 def _if_local(rule: Rule, detector: LocalDetector) -> Rule:

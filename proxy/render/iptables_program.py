@@ -98,14 +98,17 @@ class IptablesProgram:
 
     def update(self, entries: Mapping[Name, tuple[ServiceEntry, ...]], names: Iterable[Name] | None) -> set[ChainKey]:
         """Render the Services in ``names`` again (None: all) from ``entries``; return the chains that differ now."""
-        todo = set(self._entries) | set(entries) if names is None else set(names)
+        todo = dict.fromkeys((*self._entries, *entries) if names is None else names)
         for name in todo:
             before, after = self._entries.pop(name, ()), entries.get(name, ())
-            self.endpoints += _endpoints(after) - _endpoints(before)
+            for entry in before:
+                self.endpoints -= len(entry.reachable)
+            for entry in after:
+                self.endpoints += len(entry.reachable)
             if after:
                 self._entries[name] = after
         if self._make_contexts():
-            todo |= set(self._entries)
+            todo |= dict.fromkeys(self._entries)
         changed: set[ChainKey] = set()
         reassemble: set[ChainKey] = set()
         for name in sorted(todo):
@@ -137,8 +140,8 @@ class IptablesProgram:
 
     def _render(self, name: Name, changed: set[ChainKey], reassemble: set[ChainKey]) -> None:
         before = self._rendered.pop(name, ())
-        entries = [e for e in self._entries.get(name, ()) if e.family in self.families]
-        after = tuple([render_entry(e, self._contexts[e.family]) for e in entries])
+        contexts = self._contexts
+        after = tuple([render_entry(e, contexts[e.family]) for e in self._entries.get(name, ()) if e.family in contexts])
         if after:
             self._rendered[name] = after
         if not before:
@@ -173,7 +176,9 @@ class IptablesProgram:
             del lines[name]
             del order[bisect_left(order, name)]
         else:
-            if name not in lines:
+            if not order or order[-1] < name:
+                order.append(name)
+            elif name not in lines:
                 insort(order, name)
             lines[name] = rules
 
@@ -208,10 +213,6 @@ def render_iptables(
     program = IptablesProgram(settings, node, families)
     program.update(table.entries, None)
     return program.ruleset
-
-
-def _endpoints(entries: tuple[ServiceEntry, ...]) -> int:
-    return sum(len(e.reachable) for e in entries)
 
 
 def _chains_of(rendered: tuple[EntryRules, ...]) -> dict[ChainKey, tuple[Rule, ...]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from ipaddress import ip_address, ip_network
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clusterstate.parse import parse_document, parse_object
+from clusterstate import fields
+from clusterstate.parse import TOGETHER, parse_document, parse_object
 from clusterstate.snapshot import Snapshot, edited
 
 SEEDS: list[dict[str, Any]] = [
@@ -117,6 +119,41 @@ def test_any_junk_in_any_place_is_an_error_or_nothing(seed, changes):
     assert all(error.source == "x" and error.reason and "\n" not in str(error) for error in slow.errors)
     snapshot = edited(Snapshot(), (), slow.objects)
     assert edited(snapshot, slow.objects, ()) == Snapshot()
+
+
+USUAL = [{**seed, "metadata": {"name": f"n{i}"}} for i, seed in enumerate(SEEDS[:-1] * TOGETHER)]
+UNUSUAL = [
+    {"kind": "Deployment"},
+    {"kind": "Node", "metadata": 1},
+    {"metadata": {"name": "x"}},
+    {"kind": "Pod"},
+    None,
+    SEEDS[-1],
+]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 3 * TOGETHER), st.dictionaries(st.integers(0, 3 * TOGETHER), st.sampled_from(UNUSUAL), max_size=3))
+def test_an_unusual_object_changes_nothing_for_its_neighbours(length, unusual):
+    """A list gives the same objects and errors, in the same order, whether its JSON is decoded many at a time or is decoded already."""
+    items = [unusual.get(i, USUAL[i % len(USUAL)]) for i in range(length)]
+    raw = {"kind": "ServiceList", "items": items}
+    slow = parse_object(raw, "x")
+    quick = parse_document(json.dumps(raw).encode(), "x", is_json=True)
+    assert quick == slow
+    assert list(quick.made) == list(slow.made)
+
+
+@given(
+    st.ip_addresses().map(str) | st.sampled_from(["127.0.0.1", "169.254.0.1", "224.0.0.1", "0.0.0.0", "010.0.0.1"]) | st.text()
+)
+def test_the_quick_look_at_an_address_agrees_with_the_thorough_one(text):
+    """An address that is plainly routable IPv4 reads as what the general way makes of it; of all others nothing is said."""
+    quick = fields.plain_ipv4(text)
+    if quick is not None:
+        assert quick == fields.ip("f", text) == ip_address(text)
+        assert not any([quick.is_unspecified, quick.is_loopback, quick.is_link_local])
+        assert quick not in ip_network("224.0.0.0/24")
 
 
 @settings(max_examples=200, deadline=None)
