@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -35,10 +36,27 @@ def run(args: argparse.Namespace) -> int:
         source = FileSource(args.objects)
     except (ConfigError, SourceError) as error:
         raise Usage(str(error)) from error
-    try:
-        lock = take_lock()
-    except (AlreadyRunningError, OSError) as error:
-        raise Failed(str(error)) from error
+    with contextlib.closing(source):
+        try:
+            first = source.load()
+        except SourceError as error:
+            raise Usage(str(error)) from error
+        try:
+            lock = take_lock()
+        except (AlreadyRunningError, OSError) as error:
+            raise Failed(str(error)) from error
+        try:
+            _follow(config, source, first)
+        except KernelStateError as error:
+            raise Failed(str(error)) from error
+        finally:
+            os.close(lock)
+    log.info("stopped; the kernel goes on forwarding as it is")
+    return 0
+
+
+def _follow(config: NodeConfig, source: FileSource, first: Update) -> None:
+    """Run the agent until a signal ends it."""
     stopped: list[int] = []
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -48,17 +66,9 @@ def run(args: argparse.Namespace) -> int:
     signal.set_wakeup_fd(wake_write)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    try:
-        first = source.load()
-        agent = build_agent(config, source, expected_chains(first))
-        agent.start(first)
-        agent.run(lambda: bool(stopped), wake_read)
-    except (SourceError, KernelStateError) as error:
-        raise Failed(str(error)) from error
-    finally:
-        os.close(lock)
-    log.info("stopped; the kernel goes on forwarding as it is")
-    return 0
+    agent = build_agent(config, source, expected_chains(first))
+    agent.start(first)
+    agent.run(lambda: bool(stopped), wake_read)
 
 
 def expected_chains(update: Update) -> int:

@@ -23,7 +23,7 @@ from kernelstate.simulate import Path as WalkedPath
 from nodeplane.commands import Failed, Usage
 from nodeplane.objects_input import NodeView, read_view
 from overlay.oracle import path_of
-from proxy.oracle import Flow, Judgement, Oracle, Outcome, parse_backend
+from proxy.oracle import Flow, Judgement, Oracle, Outcome, parse_backend, print_backend
 from proxy.render.iptables import NODE_PORTS
 
 _PROTOCOLS: dict[str, Protocol] = {"TCP": "tcp", "UDP": "udp", "SCTP": "sctp"}
@@ -219,8 +219,7 @@ def outcome_of(path: WalkedPath) -> Outcome:
     if path.verdict != "accept":
         return Outcome(path.verdict)
     if path.dnat is not None:
-        address, port = path.dnat
-        return Outcome("dnat", f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}", path.masquerade)
+        return Outcome("dnat", print_backend(*path.dnat), path.masquerade)
     by_name = any(s.chain == NODE_PORTS and s.rule.target is Verdict.ACCEPT for s in path.steps)
     return Outcome("accept" if by_name else "pass")
 
@@ -256,7 +255,10 @@ def _steps(judgement: Judgement, walked: tuple[WalkedPath, ...], simulated: froz
 
 def _text(question: Question, answer: dict[str, Any], node: str) -> list[str]:
     service, path = answer["service"], answer["path"]
-    lines = [f"{question.source} -> {question.destination}:{question.port}/{question.protocol}, seen on {node}", ""]
+    lines = [
+        f"{question.source} -> {print_backend(question.destination, question.port)}/{question.protocol}, seen on {node}",
+        "",
+    ]
     match service["verdict"]:
         case "dnat":
             lines.append(f"  goes to one of {len(service['endpoints'])} endpoints:")

@@ -125,7 +125,9 @@ class Oracle:
 
     def _translate(self, entry: ServiceEntry, frontend: Frontend, flow: Flow, because: list[str]) -> frozenset[Outcome]:
         """Return the backends this frontend may send the flow to; empty if it sends it nowhere."""
-        because.append(f"{flow.destination}:{flow.port}/{flow.protocol} is a {frontend.kind.value} of {entry.name}")
+        because.append(
+            f"{print_backend(flow.destination, flow.port)}/{flow.protocol} is a {frontend.kind.value} of {entry.name}"
+        )
         if frontend.kind is Kind.CLUSTER_IP:
             return self._to_cluster_ip(entry, flow, because)
         if not self._source_allowed(entry, frontend, flow):
@@ -202,8 +204,13 @@ class Oracle:
             because.append(f"health check port of {health.name}: let in")
             return Outcome(Verdict.ACCEPT.value)
         if not because:
-            because.append(f"no Service has {flow.destination}:{flow.port}/{flow.protocol}")
+            because.append(f"no Service has {print_backend(flow.destination, flow.port)}/{flow.protocol}")
         return Outcome(Verdict.PASS.value)
+
+
+def print_backend(address: IPAddress, port: int) -> str:
+    """Print an address and port as backends are named: ``10.0.0.1:80`` or ``[fd00::1]:80``."""
+    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
 
 
 def parse_backend(name: str) -> tuple[IPAddress, int]:

@@ -151,12 +151,10 @@ class EntryWriter:
 
     def write(self) -> EntryRules:
         """Write every rule of the entry."""
-        if not self.entry.frontends:
-            return self.rules  # every one was lost to another Service: nothing would ever jump here
         for frontend in self.entry.frontends:
             self._dispatch(frontend)
         self._health_check()
-        if self.reachable:
+        if self.reachable and self.entry.frontends:  # without one, all lost to other Services, nothing would ever jump here
             if self.entry.cluster:
                 self._pool(self.svc, self.entry.cluster)
             if self.entry.local:

@@ -27,6 +27,8 @@ def run(capsys, *arguments):
         (["render", *OBJECTS, "--mode", "ipvs"], "--mode: must be one of iptables, is 'ipvs'"),
         (["render", *OBJECTS, "--part", "overlay"], "--part overlay: the configuration has no overlay"),
         (["render", *OBJECTS, "--local-address", "x"], "--local-address: must be an IP address"),
+        (["agent", *CONFIG, "--objects", "/nonexistent"], "/nonexistent"),
+        (["agent", "--config", "/nonexistent", "--objects", str(HOSTNAMES)], "/nonexistent"),
         (["explain", *OBJECTS, "--from", "node"], "give either --from and --to, or --flows"),
         (["explain", *OBJECTS, "--from", "default/none", "--to", "10.0.1.175:80"], "--from: no Pod default/none"),
         (["explain", *OBJECTS, "--from", "1.2.3.4", "--to", "10.0.1.175"], "--to: must be IP:PORT"),

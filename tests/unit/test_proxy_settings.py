@@ -76,3 +76,11 @@ def test_large_cluster(endpoints, commented):
         if key.name.startswith(("KUBE-SVC-", "KUBE-SEP-")):
             assert all(any(isinstance(m, Comment) for m in rule.matches) is commented for rule in rules)
     assert all(rule.comment for rule in chains[ChainKey(4, "nat", "KUBE-SERVICES")])
+
+
+def test_health_check_port_stays_open_without_frontends():
+    """A Service that lost every address to another keeps its health check port, and has no chain that nothing leads to."""
+    entry = msgspec.structs.replace(entry_of("web"), frontends=(), health_check_node_port=32000)
+    chains = render_iptables(ServiceTable({("default", "web"): (entry,)}), ProxySettings(), NODE, (4,)).chains
+    assert [r.comment for r in chains[ChainKey(4, "filter", "KUBE-NODEPORTS")]] == ["default/web:http health check node port"]
+    assert not any(key.name.startswith(("KUBE-SVC-", "KUBE-SEP-")) for key in chains)
