@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 TIMEOUT ?= 1500
 
-.PHONY: help setup demo test check lab bench golden clean
+.PHONY: help setup demo test check lab bench golden explore clean
 help: ## what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
@@ -35,6 +35,9 @@ bench: setup ## every benchmark, as JSON and plots in bench/results/
 
 golden: setup ## write the golden files again; review the diff
 	@GOLDEN=write $(PY) -m pytest -q tests/golden
+
+explore: setup ## the property tests with new random examples instead of the usual ones
+	@EXPLORE=1 $(PY) -m pytest -q tests/property
 
 clean: ## remove what setup made
 	rm -rf .venv build *.egg-info
