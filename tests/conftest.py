@@ -6,4 +6,4 @@ from hypothesis import settings
 
 settings.register_profile("same", derandomize=True)
 settings.register_profile("explore", derandomize=False)
-settings.load_profile(os.environ.get("EXPLORE") and "explore" or "same")
+settings.load_profile("explore" if os.environ.get("EXPLORE") else "same")
