@@ -132,12 +132,14 @@ class Agent:
         self.netfilter.set_desired(desired.ruleset, desired.changed_chains, families)
         if self.links is not None and desired.links is not None:
             self.links.set_desired(desired.links)
-        if before is None or before.links != desired.links or before.families != desired.families:
+        if before is None or before.peers != desired.peers or before.families != desired.families:
             self._host_errors = tuple(self.host.prepare(desired))
 
     def sync(self) -> bool:
         """Write what differs and publish the status; True if nothing is left to do."""
         started = time.perf_counter()
+        if self._host_errors and self.desired is not None:
+            self._host_errors = tuple(self.host.prepare(self.desired))
         reports = [reconciler.sync() for reconciler in self.reconcilers]
         if reports[-1].ok:
             reports.append(self._flush_stale())
@@ -223,18 +225,18 @@ class Agent:
 
     def _is_due(self) -> bool:
         now = time.monotonic()
+        # All are asked each time: that also takes in their events, whose descriptors would else stay readable.
+        drifted = [r.drifted() for r in self.reconcilers]
         if self._retry_at is not None:
             return now >= self._retry_at
         if now >= self._next_verify:
             self.netfilter.forget()
             return True
-        return any(r.dirty or r.drifted() for r in self.reconcilers)
+        return any(drifted) or any(r.dirty for r in self.reconcilers)
 
     def _seconds_until_due(self, waiting: bool) -> float:
         now = time.monotonic()
-        deadlines = [now + DRIFT_CHECK, self._next_verify]
-        if self._retry_at is not None:
-            deadlines.append(self._retry_at)
+        deadlines = [now + DRIFT_CHECK, self._next_verify if self._retry_at is None else self._retry_at]
         if waiting:
             deadlines.append(self._last_end + self.pipeline.config.min_sync_period)
         return max(0.0, min(deadlines) - now)

@@ -1,7 +1,7 @@
 """The agent's rounds, with everything around it in memory."""
 
 import os
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address, ip_interface, ip_network
 
 import pytest
 from immutables import Map
@@ -11,6 +11,7 @@ from clusterstate.snapshot import Snapshot, Update
 from kernelstate.errors import KernelRefusedError
 from kernelstate.fake import FakeNetfilter
 from kernelstate.objects.address import Prefix
+from kernelstate.objects.links import Uplink
 from kernelstate.ports import ConntrackEntry
 from kernelstate.reconcile import NetfilterReconciler
 from nodeplane.agent import Agent
@@ -26,6 +27,18 @@ CONFIG = parse_config(
         "services": {"clusterCIDR": "10.244.0.0/16", "iptables": {"minSyncPeriod": "0.001s"}},
     }
 )
+
+
+OVERLAY = parse_config(
+    {
+        "apiVersion": "nodeplane.dev/v1alpha1",
+        "kind": "NodeConfiguration",
+        "nodeName": "n1",
+        "services": {"nodePortAddresses": ["192.168.0.0/16"]},
+        "overlay": {"Network": "10.244.0.0/16", "Backend": {"Type": "host-gw"}, "iface": "eth0"},
+    }
+)
+UPLINK = Uplink("eth0", (ip_interface("192.168.1.1/24"),), 1500)
 
 
 def cluster(revision, *pods, protocol="TCP", name="web"):
@@ -80,14 +93,16 @@ class Host:
     def __init__(self):
         self.read, self.write = os.pipe()
         self.addresses = (Prefix.parse("192.168.1.1/32"),)
-        self.prepared = 0
+        self.uplink = None
+        self.prepared = []
+        self.errors = ()
 
     def facts(self, node):
-        return HostFacts(self.addresses)
+        return HostFacts(self.addresses, self.uplink)
 
     def prepare(self, desired):
-        self.prepared += 1
-        return ()
+        self.prepared.append(desired)
+        return self.errors
 
     def fileno(self):
         return self.read
@@ -123,12 +138,12 @@ def make():
     """Make agents around a fake packet filter; everything is closed afterwards."""
     made = []
 
-    def build(source, flows=None, netfilter=None):
+    def build(source, flows=None, netfilter=None, config=CONFIG):
         netfilter = netfilter or FakeNetfilter()
         host = Host()
         published = []
         agent = Agent(
-            pipeline=Pipeline(CONFIG),
+            pipeline=Pipeline(config),
             source=source,
             host=host,
             netfilter=NetfilterReconciler(netfilter, OWNERSHIP),
@@ -250,3 +265,50 @@ def test_leftovers_of_an_unused_family_go(make):
     agent, _, _ = make(Source(cluster(1, "10.244.1.5")), netfilter=netfilter)
     agent.start(agent.source.load())
     assert netfilter.observe(6).chains == {}
+
+
+def test_address_that_comes_later(make):
+    """An address the node gets while the agent runs is a NodePort address from then on."""
+    agent, netfilter, published = make(Source(cluster(1, "10.244.1.5")), config=OVERLAY)
+    agent.host.uplink = UPLINK
+    agent.start(agent.source.load())
+    agent.host.addresses += (Prefix.parse("192.168.1.77/32"),)
+    os.write(agent.host.write, b"x")
+    run_until(agent, lambda: "-d 192.168.1.77 -j KUBE-NODEPORTS" in netfilter.applied[-1][1])
+    assert published[-1].synced
+
+
+def test_uplink_that_is_not_there(make):
+    """Without a link to the other nodes the overlay is left as it is, and the status says which link is missing."""
+    agent, _, published = make(Source(cluster(1, "10.244.1.5")), config=OVERLAY)
+    agent.start(agent.source.load())
+    assert "overlay.iface: no link eth0: the overlay is left as it is" in published[-1].problems
+    agent.host.uplink = UPLINK
+    os.write(agent.host.write, b"x")
+    run_until(agent, lambda: not any("overlay.iface" in p for p in published[-1].problems))
+    assert agent.desired.peers is not None
+
+
+def test_pod_network_that_comes_later(make):
+    """subnet.env and sysctls are seen to again when the node's own pod network changes, though no route does."""
+    agent, _, _ = make(Source(cluster(1, "10.244.1.5")), config=OVERLAY)
+    agent.host.uplink = UPLINK
+    agent.start(agent.source.load())
+    before = len(agent.host.prepared)
+    snapshot = cluster(2, "10.244.1.5")
+    node = Node("n1", (NodeAddress("InternalIP", ip_address("192.168.1.1")),), (ip_network("10.244.9.0/24"),))
+    agent.take(Update(Snapshot(2, snapshot.services, snapshot.slices, Map({"n1": node})), None))
+    assert len(agent.host.prepared) == before + 1
+    assert [str(way.pod_cidr) for way in agent.host.prepared[-1].peers.own] == ["10.244.9.0/24"]
+
+
+def test_host_error_is_retried(make, monkeypatch):
+    """A sysctl that could not be set is tried again, and its error goes when it could."""
+    monkeypatch.setattr("nodeplane.agent.RETRY", 0.01)
+    agent, _, published = make(Source(cluster(1, "10.244.1.5")))
+    agent.host.errors = ("write sysctl net/ipv4/ip_forward = 1: Read-only file system",)
+    agent.start(agent.source.load())
+    assert published[-1].errors == agent.host.errors
+    agent.host.errors = ()
+    run_until(agent, lambda: published[-1].synced)
+    assert published[-1].errors == ()
