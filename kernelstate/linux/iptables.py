@@ -1,9 +1,9 @@
 """The packet filter through the iptables tools: one variant, legacy or nft, in the calling thread's network namespace.
 
     apply        iptables-VARIANT-restore -w 5 --noflush --counters  < text      one process, one transaction per table
-    observe      iptables-VARIANT-save                                           0.5 s for 110,000 rules, then 1.5 s to read
-    generation   legacy: getsockopt IPT_SO_GET_INFO per table                    (rules, bytes, hook offsets): 50 us each
-                 nft:    NFT_MSG_GETGEN                                          a commit counter: 20 us
+    observe      iptables-VARIANT-save                                           one listing, read as text
+    generation   legacy: getsockopt IPT_SO_GET_INFO per table                    (rules, bytes, hook offsets)
+                 nft:    NFT_MSG_GETGEN                                          a commit counter
 
 Decides which of the two variants this host uses (``choose_variant``) and turns the tools' complaints into errors that name
 the rule. Reading back through python-iptables, which shares nothing with the text above, is ``xt_readback.py``.

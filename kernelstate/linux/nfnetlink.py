@@ -3,7 +3,7 @@
     request:  nlmsghdr | nfgenmsg(family) | attributes            reply: the same, many to one datagram, or an error number
 
 Decides framing and errors; what the attributes mean is the caller's business. A generation number is asked for at every
-sync, and a conntrack dump has tens of thousands of entries: pyroute2 needs 170 us for each where this needs 23.
+sync, and a conntrack dump has tens of thousands of entries: pyroute2 needs several times as long for each (docs/adr/0012).
 
 Source: include/uapi/linux/netlink.h, netfilter/nfnetlink.h.
 """

@@ -1,8 +1,7 @@
 """The rtnetlink protocol, as far as links, addresses, routes and neighbours need it: framing, attributes, answers.
 
 Written out here rather than taken from pyroute2, which the kernel tests use to check it: many requests go in one datagram and
-are answered one by one, which makes 1,000 peers a matter of tens of milliseconds instead of seconds, and the agent is spared
-20 MB and 0.2 s at start.
+are answered one by one, and the agent is spared an import of its size (docs/adr/0012).
 
     struct nlmsghdr | family header (ifinfomsg, rtmsg, ...) | struct rtattr + payload, padded to 4 | ...
 
