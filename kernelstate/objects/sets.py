@@ -1,0 +1,39 @@
+"""ipset as Linux holds it: named sets of addresses and ports that iptables rules ask.
+
+Source of the forms: ipset(8), kernel include/uapi/linux/netfilter/ipset/ip_set.h.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias
+
+import msgspec
+
+from kernelstate.objects.address import Family
+
+SetType: TypeAlias = Literal["hash:ip", "hash:net", "hash:ip,port", "hash:ip,port,ip", "hash:ip,port,net", "bitmap:port"]
+
+Member: TypeAlias = tuple[int | str | tuple[int, int], ...]
+"""As the type says: addresses and ports as numbers, a port of a hash set preceded by its protocol: ``(ip, "tcp", 80, ip)``.
+
+A network is (address, prefix length). ``bitmap:port`` members are ``(port,)``.
+"""
+
+
+class SetSpec(NamedTuple):
+    """A set without its members. ``family`` is 4 for ``bitmap:port``, which has none."""
+
+    name: str
+    type: SetType
+    family: Family = 4
+
+
+class IpSet(msgspec.Struct, frozen=True):
+    """A set with its members. Never changed by whoever receives it."""
+
+    spec: SetSpec
+    members: frozenset[Member] = frozenset()
+
+
+IpSets: TypeAlias = dict[str, IpSet]
+"""Sets by name."""
