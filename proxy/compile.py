@@ -26,11 +26,19 @@ FrontendKey = tuple[int, int, str, int]
 """(family, address as a number or -1 for a NodePort, protocol, port)."""
 
 
-def compile_service(service: Service, slices: Iterable[EndpointSlice], node: NodeFacts) -> tuple[ServiceEntry, ...]:
+BALANCE = "nodeplane.dev/balance"
+"""Annotation on a Service: ``consistent-hash`` sends one client to the same endpoint from every node."""
+
+UDP_ONLY = frozenset({"UDP"})
+
+
+def compile_service(
+    service: Service, slices: Iterable[EndpointSlice], node: NodeFacts, tracked: frozenset[str] = UDP_ONLY
+) -> tuple[ServiceEntry, ...]:
     """Compile one Service: an entry for each family and port, in that order; none where it is not this proxy's.
 
     Headless and ExternalName Services have no address to answer on; a Service with the label service-proxy-name is
-    somebody else's.
+    somebody else's. ``tracked`` are the protocols whose flows are followed: their entries tell who still serves.
     """
     if not service.cluster_ips or service.type == "ExternalName" or SERVICE_PROXY_NAME in service.labels:
         return ()
@@ -41,7 +49,7 @@ def compile_service(service: Service, slices: Iterable[EndpointSlice], node: Nod
     entries = []
     for family in _families(service):
         of_family = [s for s in slices if s.family == family]
-        entries += [_compile_port(service, port, family, of_family, node) for port in ports]
+        entries += [_compile_port(service, port, family, of_family, node, tracked=tracked) for port in ports]
     return tuple(entries)
 
 
@@ -52,7 +60,13 @@ def _families(service: Service) -> list[Family]:
 
 
 def _compile_port(
-    service: Service, port: ServicePort, family: Family, slices: list[EndpointSlice], node: NodeFacts
+    service: Service,
+    port: ServicePort,
+    family: Family,
+    slices: list[EndpointSlice],
+    node: NodeFacts,
+    *,
+    tracked: frozenset[str],
 ) -> ServiceEntry:
     frontends = _frontends(service, port, family)
     external = len(frontends) > 1  # the first is the ClusterIP
@@ -79,7 +93,8 @@ def _compile_port(
         affinity_seconds=service.affinity_seconds,
         source_ranges=tuple([r for r in service.source_ranges if r.version == family]) if service.source_ranges else (),
         health_check_node_port=service.health_check_node_port if has_health_check else 0,
-        serving=tuple([c.backend for c in candidates if c.endpoint.serving]) if port.protocol == "UDP" else (),
+        serving=tuple([c.backend for c in candidates if c.endpoint.serving]) if port.protocol in tracked else (),
+        consistent=service.annotations.get(BALANCE) == "consistent-hash",
     )
 
 
@@ -121,8 +136,9 @@ class ServiceCompiler:
     that of compiling the last snapshot afresh.
     """
 
-    def __init__(self, node: NodeFacts) -> None:
+    def __init__(self, node: NodeFacts, tracked: frozenset[str] = UDP_ONLY) -> None:
         self.node = node
+        self.tracked = tracked
         self.entries: dict[Name, tuple[ServiceEntry, ...]] = {}
         self._compiled: dict[Name, tuple[ServiceEntry, ...]] = {}
         self._claims: dict[FrontendKey, tuple[Name, ...]] = {}
@@ -135,7 +151,7 @@ class ServiceCompiler:
         unsettled: dict[Name, None] = {}
         for name in sorted(todo):  # in order, so that what is used together later lies together in memory
             service = snapshot.services.get(name)
-            compiled = compile_service(service, snapshot.slices_of(name), self.node) if service else ()
+            compiled = compile_service(service, snapshot.slices_of(name), self.node, self.tracked) if service else ()
             before = self._compiled.get(name, ())
             if compiled == before:
                 continue

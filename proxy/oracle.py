@@ -1,4 +1,6 @@
-"""What may happen to the first packet of a connection under a service table: slow, obvious, the same for every mode.
+"""What may happen to the first packet of a connection under a service table: slow, obvious, one for all modes.
+
+Where a mode deviates from the common meaning, its traits say so (``modes.py``).
 
 The oracle walks meaning, not rules. It is the judge of every renderer, of the rule simulator and of the real kernel, so it
 shares no code with them beyond the table.
@@ -20,6 +22,7 @@ import msgspec
 
 from clusterstate.objects import IPAddress
 from kernelstate.objects.address import Family, Prefix
+from proxy.modes import TRAITS, ModeTraits
 from proxy.settings import NodeFacts, ProxySettings, local_detector, node_port_scope
 from proxy.table import Backend, Frontend, Kind, OnEmpty, ServiceEntry, ServiceTable
 
@@ -70,23 +73,38 @@ class Oracle:
     """A service table with the settings and the node it is judged for."""
 
     def __init__(
-        self, table: ServiceTable, settings: ProxySettings, node: NodeFacts, local_addresses: Iterable[IPAddress]
+        self,
+        table: ServiceTable,
+        settings: ProxySettings,
+        node: NodeFacts,
+        local_addresses: Iterable[IPAddress],
+        traits: ModeTraits = TRAITS["iptables"],
     ) -> None:
-        self.settings, self.node = settings, node
+        self.settings, self.node, self.traits = settings, node, traits
         self.local = frozenset(local_addresses)
+        self.cluster_ips: set[IPAddress] = set()
+        self.service_addresses: set[IPAddress] = set()
         self._by_address: dict[tuple[IPAddress | None, str, int], list[tuple[ServiceEntry, Frontend]]] = {}
         self._health_ports: dict[tuple[int, int], ServiceEntry] = {}
         for entry in table:
             for frontend in entry.frontends:
                 key = (frontend.address, entry.name.protocol, frontend.port)
                 self._by_address.setdefault(key, []).append((entry, frontend))
+                if frontend.address is not None:
+                    self.service_addresses.add(frontend.address)
+                    if frontend.kind is Kind.CLUSTER_IP:
+                        self.cluster_ips.add(frontend.address)
             if entry.health_check_node_port:
                 self._health_ports[entry.family, entry.health_check_node_port] = entry
 
     def judge(self, flow: Flow) -> Judgement:
         """Say everything that may happen to a flow."""
         because: list[str] = []
-        for entry, frontend in self._met(flow, self._node_port_answers(flow)):
+        answering = self._met(flow, self._node_port_answers(flow))
+        if self.traits.firewall_first and any(not self._source_allowed(e, f, flow) for e, f in answering):
+            because.append(f"{flow.source} is outside loadBalancerSourceRanges: dropped")
+            return Judgement(frozenset({Outcome(Verdict.DROP.value)}), tuple(because))
+        for entry, frontend in answering:
             outcomes = self._translate(entry, frontend, flow, because)
             if outcomes:
                 return Judgement(outcomes, tuple(because))
@@ -108,15 +126,24 @@ class Oracle:
 
     def _node_port_answers(self, flow: Flow) -> bool:
         destination = flow.destination
-        if destination.is_loopback and (destination.version == 6 or not self.settings.localhost_node_ports):
+        if destination.is_loopback and (destination.version == 6 or not self._opens_localhost):
             return False
         scope = node_port_scope(self.settings, self.node, destination.version)
         return scope.includes(destination, self._is_local(destination))
 
     def _node_port_refuses(self, flow: Flow) -> bool:
-        """Whether an unanswered NodePort is refused here: on every own address, once NodePorts are open on any of them."""
+        """Whether an unanswered NodePort is refused here.
+
+        With iptables on every own address, once NodePorts are open on any of them.
+        """
+        if self.traits.refuses_node_ports_in_scope:
+            return self._node_port_answers(flow)
         scope = node_port_scope(self.settings, self.node, flow.destination.version)
         return self._is_local(flow.destination) and (scope.everywhere or bool(scope.addresses))
+
+    @property
+    def _opens_localhost(self) -> bool:
+        return self.traits.localhost_node_ports and self.settings.localhost_node_ports
 
     def _is_local(self, address: IPAddress) -> bool:
         return address in self.local or address.is_loopback
@@ -136,6 +163,9 @@ class Oracle:
         if not entry.external_local:
             because.append("externalTrafficPolicy Cluster: every endpoint, source replaced by the node's")
             return self._balance(entry, entry.cluster, flow, masquerade=True)
+        if self.traits.local_binds_all:
+            because.append("externalTrafficPolicy Local: endpoints on this node, whoever asks; source kept")
+            return self._balance(entry, entry.local, flow, masquerade=False)
         if self._is_pod(flow):
             because.append("externalTrafficPolicy Local does not bind pods: every endpoint")
             return self._balance(entry, entry.cluster, flow, masquerade=False)
@@ -158,35 +188,47 @@ class Oracle:
 
     def _balance(self, entry: ServiceEntry, pool: tuple[Backend, ...], flow: Flow, *, masquerade: bool) -> frozenset[Outcome]:
         """One of the pool; a pod that meets itself is masqueraded, else it would see a packet from its own address."""
-        return frozenset(Outcome(Verdict.DNAT.value, b.name, masquerade or b.address == flow.source) for b in pool)
+        everywhere = self.traits.hairpin_everywhere
+        return frozenset(
+            Outcome(Verdict.DNAT.value, b.name, masquerade or (b.address == flow.source and (everywhere or b.local)))
+            for b in pool
+        )
 
     def _is_pod(self, flow: Flow) -> bool:
         detector = local_detector(self.settings, self.node, flow.destination.version)
         return detector is not None and detector.is_local(flow.source, flow.interface)
 
     def _source_allowed(self, entry: ServiceEntry, frontend: Frontend, flow: Flow) -> bool:
-        """Apply the source ranges: they guard the load balancer's address only; the VIP is allowed where the node is."""
-        if frontend.kind is not Kind.LOAD_BALANCER or not entry.source_ranges:
+        """Apply the source ranges: they guard the load balancer's address, and NodePorts if so set.
+
+        The VIP itself is allowed where the node is.
+        """
+        if not self._is_guarded(entry, frontend):
             return True
         if any(flow.source in r for r in entry.source_ranges):
             return True
         vips = [f.address for f in entry.frontends if f.kind is Kind.LOAD_BALANCER]
         return flow.source in vips and any(a in r for a in self.node.addresses for r in entry.source_ranges)
 
+    def _is_guarded(self, entry: ServiceEntry, frontend: Frontend) -> bool:
+        guards_port = frontend.kind is Kind.NODE_PORT and self.settings.guard_node_ports
+        return bool(entry.source_ranges) and (frontend.kind is Kind.LOAD_BALANCER or guards_port)
+
     # -- nobody answers ----------------------------------------------------------------------------------------------
 
     def _refusal(self, entry: ServiceEntry, frontend: Frontend, flow: Flow, because: list[str]) -> Outcome | None:
         """Say what happens to a packet that met this frontend and was not translated; None: nothing here."""
-        if frontend.kind is Kind.LOAD_BALANCER and entry.source_ranges and entry.reachable:
+        if self._is_guarded(entry, frontend) and entry.reachable and not self.traits.firewall_first:
             because.append("dropped: not from an allowed source range")
             return Outcome(Verdict.DROP.value)
         if entry.pool(frontend.kind):
             return None
-        if frontend.kind is not Kind.CLUSTER_IP and flow.from_node and not self._is_local(flow.destination):
-            because.append("sent by the node to an address elsewhere: refusals are for what arrives here")
-            return None
-        if frontend.kind is Kind.CLUSTER_IP and self._is_local(flow.destination) and not flow.from_node:
-            return None
+        if not self.traits.refuses_everywhere:
+            if frontend.kind is not Kind.CLUSTER_IP and flow.from_node and not self._is_local(flow.destination):
+                because.append("sent by the node to an address elsewhere: refusals are for what arrives here")
+                return None
+            if frontend.kind is Kind.CLUSTER_IP and self._is_local(flow.destination) and not flow.from_node:
+                return None
         if entry.on_empty is OnEmpty.REJECT:
             because.append("no endpoint anywhere: rejected")
             return Outcome(Verdict.REJECT.value)
@@ -196,16 +238,35 @@ class Oracle:
     def _untranslated(self, flow: Flow, because: list[str]) -> Outcome:
         family: Family = flow.destination.version
         localnet = Prefix.parse("127.0.0.0/8")
-        if self.settings.localhost_node_ports and localnet.contains(flow.destination) and not localnet.contains(flow.source):
+        if self._opens_localhost and localnet.contains(flow.destination) and not localnet.contains(flow.source):
             because.append("127.0.0.0/8 is closed to everything but loopback")
             return Outcome(Verdict.DROP.value)
-        health = self._health_ports.get((family, flow.port))
+        refused = self._unknown_port(flow, because)
+        if refused is not None:
+            return refused
+        health = self._health_ports.get((family, flow.port)) if self.traits.opens_health_check_ports else None
         if health is not None and flow.protocol == "TCP" and self._is_local(flow.destination):
             because.append(f"health check port of {health.name}: let in")
             return Outcome(Verdict.ACCEPT.value)
         if not because:
             because.append(f"no Service has {print_backend(flow.destination, flow.port)}/{flow.protocol}")
         return Outcome(Verdict.PASS.value)
+
+    def _unknown_port(self, flow: Flow, because: list[str]) -> Outcome | None:
+        """Say what happens to a packet for an address of the Services that none of them answers; None: nothing special."""
+        destination = flow.destination
+        if self.traits.addresses_are_local and destination in self.service_addresses and destination not in self.local:
+            because.append(f"{destination} is a Service's, held by this node, and no Service has the port: rejected")
+            return Outcome(Verdict.REJECT.value)
+        if self._is_local(destination) and not flow.from_node:
+            return None
+        if self.traits.refuses_unknown_ports and destination in self.cluster_ips:
+            because.append(f"{destination} is a ClusterIP, and no Service has the port: rejected")
+            return Outcome(Verdict.REJECT.value)
+        if self.traits.drops_unallocated and any(c.contains(destination) for c in self.node.service_cidrs):
+            because.append(f"{destination} is a ClusterIP that no Service has: dropped")
+            return Outcome(Verdict.DROP.value)
+        return None
 
 
 def print_backend(address: IPAddress, port: int) -> str:

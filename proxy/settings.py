@@ -15,6 +15,9 @@ from kernelstate.objects.address import Family, Prefix
 DetectLocalMode: TypeAlias = Literal["ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"]
 
 
+FlowFate: TypeAlias = Literal["keep", "drain", "reset"]
+
+
 class LocalDetector(msgspec.Struct, frozen=True):
     """How traffic from this node's (or this cluster's) pods is recognised: by source prefix or by incoming interface.
 
@@ -49,6 +52,24 @@ class ProxySettings(msgspec.Struct, frozen=True):
     random_fully: bool = True
     large_cluster_endpoints: int = 1000
     """Above so many endpoints in the cluster, rules carry no per-endpoint comment."""
+    dispatch_above: int = 500
+    """iptables: a shared chain with more rules than this is searched as a tree; 0: never."""
+    scheduler: str = "rr"
+    """IPVS: how a virtual server chooses; any scheduler the kernel has."""
+    scheduler_by_port: bool = False
+    """IPVS: schedulers that hash (``sh``, ``mh``) take the source port too."""
+    ipvs_timeouts: tuple[int, int, int] = (0, 0, 0)
+    """IPVS: seconds after which an idle TCP connection, one after FIN, and a UDP flow are forgotten; 0 leaves the kernel's."""
+    strict_arp: bool = False
+    """IPVS: answer ARP only for addresses of the link that is asked."""
+    exclude_cidrs: tuple[Prefix, ...] = ()
+    """IPVS: virtual servers inside these are somebody else's."""
+    guard_node_ports: bool = False
+    """loadBalancerSourceRanges also say who may use the Service's NodePorts."""
+    flows_to_removed: FlowFate = "keep"
+    """What becomes of TCP and SCTP flows to an endpoint that no longer serves; UDP flows are always deleted."""
+    drain_seconds: int = 30
+    """With ``drain``: how long such flows may go on."""
 
     @property
     def mark(self) -> int:
@@ -65,7 +86,9 @@ class NodeFacts(msgspec.Struct, frozen=True):
     """InternalIPs of the Node object, first of each family is the primary one."""
     pod_cidrs: tuple[Prefix, ...] = ()
     local_addresses: tuple[Prefix, ...] = ()
-    """Host prefixes on the node's links, without loopback. Only used where nodePortAddresses lists CIDRs."""
+    """Host prefixes on the node's links, without loopback and without the Services' own (``kube-ipvs0``)."""
+    service_cidrs: tuple[Prefix, ...] = ()
+    """What the cluster gives ClusterIPs from, as its ServiceCIDR objects say."""
 
     def primary(self, family: Family) -> IPAddress | None:
         """Return the node's own address of a family, or None when the Node object does not tell."""

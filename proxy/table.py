@@ -89,7 +89,12 @@ class ServiceEntry(msgspec.Struct, frozen=True, gc=False):
     source_ranges: tuple[IPNetwork, ...] = ()
     health_check_node_port: int = 0
     serving: tuple[Backend, ...] = ()
-    """Every endpoint that still serves, in policy or not: a tracked flow to one of these is not stale. UDP only."""
+    """Every endpoint that still serves, in policy or not: a tracked flow to one of these is not stale.
+
+    Filled only for protocols whose flows are looked after: UDP, and the others where flows to removed endpoints are cut.
+    """
+    consistent: bool = False
+    """One client goes to the same endpoint whichever node it meets, as far as endpoints stay (consistent hashing)."""
 
     def pool(self, kind: Kind) -> tuple[Backend, ...]:
         """Return the backends in the scope of a kind of frontend."""
