@@ -25,6 +25,7 @@ from kernelstate.objects.address import Family, Prefix
 from kernelstate.reconcile import NetfilterReconciler
 from nodeplane.agent import Agent
 from nodeplane.config import NodeConfig
+from nodeplane.kernel import NodeKernel
 from nodeplane.pipeline import OWNERSHIP, Desired, HostFacts, Pipeline
 from nodeplane.status import Status
 from proxy.settings import ProxySettings
@@ -91,8 +92,7 @@ class MeasuredAgent:
             pipeline=Pipeline(NodeConfig(NODE, settings, mode)),
             source=self.source,
             host=BareHost(),
-            netfilter=NetfilterReconciler(self.port, OWNERSHIP),
-            links=None,
+            kernel=NodeKernel(NetfilterReconciler(self.port, OWNERSHIP)),
             conntrack=None,
             publish=lambda _status: None,
             status=Status(pid=os.getpid(), node=NODE, mode=mode),

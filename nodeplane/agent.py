@@ -1,8 +1,8 @@
 """The daemon's loop: wait, take the newest snapshot, write what differs, watch that it stays.
 
-    objects change --.                                        .--> links       (netlink)
-    links change  ---+--> pipeline: what should be -- sync ---+--> netfilter   (iptables-restore)
-    somebody else's  |                                        '--> conntrack   (stale UDP flows)
+    objects change --.                                        .--> kernel.py   links, rules, tables, servers
+    links change  ---+--> pipeline: what should be -- sync ---+
+    somebody else's  |                                        '--> conntrack   flows to endpoints that are gone
     flush, a timer --'
 
 Nothing is written before the first complete snapshot. The kernel forwards on its own: a killed agent is missed by nobody until
@@ -24,10 +24,8 @@ import msgspec
 from clusterstate.objects import Node
 from clusterstate.snapshot import Update
 from kernelstate.errors import KernelStateError
-from kernelstate.objects.address import Family
-from kernelstate.ports import ConntrackPort, Reconciler, SyncReport
-from kernelstate.reconcile import NetfilterReconciler
-from kernelstate.reconcile_links import LinkReconciler
+from kernelstate.ports import ConntrackPort, SyncReport
+from nodeplane.kernel import NodeKernel
 from nodeplane.pipeline import Desired, HostFacts, Pipeline
 from nodeplane.status import PeerStatus, Status
 from proxy.conntrack import StaleFlows
@@ -81,19 +79,15 @@ class Agent:
         pipeline: Pipeline,
         source: Source,
         host: Host,
-        netfilter: NetfilterReconciler,
-        links: LinkReconciler | None,
+        kernel: NodeKernel,
         conntrack: ConntrackPort | None,
         publish: Callable[[Status], None],
         status: Status,
         watched: Sequence[int] = (),
-        families: Sequence[Family] = (4, 6),
     ) -> None:
         self.pipeline, self.source, self.host = pipeline, source, host
-        self.netfilter, self.links, self.conntrack = netfilter, links, conntrack
+        self.kernel, self.conntrack = kernel, conntrack
         self.publish, self.status = publish, status
-        self.families = tuple(families)
-        """The families whose packet filter this kernel has."""
         self.watched = tuple(watched)
         """Descriptors that become readable when a reconciler may have drifted."""
         self.desired: Desired | None = None
@@ -104,11 +98,6 @@ class Agent:
         self._last_end = 0.0
         self._next_verify = 0.0
         self._retry_at: float | None = None
-
-    @property
-    def reconcilers(self) -> list[Reconciler]:
-        """The parts of the kernel that are kept as desired."""
-        return [*([self.links] if self.links else []), self.netfilter]
 
     # -- one round ---------------------------------------------------------------------------------------------------
 
@@ -127,11 +116,7 @@ class Agent:
         before, self._update = self.desired, update
         self.desired = desired = self.pipeline.update(update, self._facts)
         self._stale.merge(desired.stale)
-        # A family that is not in use is looked after as well: what an earlier agent left in it goes.
-        families = sorted({*self.families, *desired.families})
-        self.netfilter.set_desired(desired.ruleset, desired.changed_chains, families)
-        if self.links is not None and desired.links is not None:
-            self.links.set_desired(desired.links)
+        self.kernel.set_desired(desired)
         if before is None or before.peers != desired.peers or before.families != desired.families:
             self._host_errors = tuple(self.host.prepare(desired))
 
@@ -140,8 +125,8 @@ class Agent:
         started = time.perf_counter()
         if self._host_errors and self.desired is not None:
             self._host_errors = tuple(self.host.prepare(self.desired))
-        reports = [reconciler.sync() for reconciler in self.reconcilers]
-        if reports[-1].ok:
+        reports = self.kernel.sync()
+        if all(r.ok for r in reports if r.part != "links"):
             reports.append(self._flush_stale())
         errors = (*self._host_errors, *(e for r in reports for e in r.errors))
         written = [f"{r.changed} in {r.part}" for r in reports if r.changed]
@@ -225,14 +210,13 @@ class Agent:
 
     def _is_due(self) -> bool:
         now = time.monotonic()
-        # All are asked each time: that also takes in their events, whose descriptors would else stay readable.
-        drifted = [r.drifted() for r in self.reconcilers]
+        drifted = self.kernel.drifted()  # each time: that also takes in events, whose descriptors would else stay readable
         if self._retry_at is not None:
             return now >= self._retry_at
         if now >= self._next_verify:
-            self.netfilter.forget()
+            self.kernel.forget()
             return True
-        return any(drifted) or any(r.dirty for r in self.reconcilers)
+        return drifted or bool(self.kernel.dirty)
 
     def _seconds_until_due(self, waiting: bool) -> float:
         now = time.monotonic()
@@ -257,7 +241,7 @@ class Agent:
             for line in new:
                 if line not in old:
                     log.log(level, "%s", line)
-        pending = tuple(r.part for r in self.reconcilers if r.dirty)
+        pending = self.kernel.dirty
         self.status = msgspec.structs.replace(
             before,
             synced=not pending and not errors,

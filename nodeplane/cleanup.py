@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kernelstate.errors import KernelStateError
-from kernelstate.linux.iptables import IptablesPort, Variant, families, is_available
+from kernelstate.linux.iptables import IptablesPort, families, is_available
 from kernelstate.linux.links import LinuxLinks
 from kernelstate.ports import Reconciler
 from kernelstate.reconcile import NetfilterReconciler
 from kernelstate.reconcile_links import LinkReconciler
 from nodeplane.commands import Failed
+from nodeplane.host_kernel import VARIANTS
 from nodeplane.pipeline import OWNERSHIP
 from nodeplane.status import LOCK_FILE, STATUS_FILE, AlreadyRunningError, read_status, take_lock
 
@@ -53,8 +54,7 @@ def run(_args: argparse.Namespace) -> int:
 
 def _reconcilers() -> Iterator[Reconciler]:
     """Yield one for each place where something of ours may be: an earlier agent may have used the other iptables."""
-    variants: tuple[Variant, ...] = ("legacy", "nft")
-    for variant in variants:
+    for variant in VARIANTS:
         if is_available(variant):
             yield NetfilterReconciler(IptablesPort(variant), OWNERSHIP, families())
     yield LinkReconciler(LinuxLinks())

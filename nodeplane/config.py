@@ -26,9 +26,10 @@ import yaml
 
 from kernelstate.objects.address import Prefix
 from overlay.netconf import NetConf, NetConfError, parse_net_conf
-from proxy.settings import ProxySettings
+from proxy.modes import TRAITS
+from proxy.settings import FlowFate, ProxySettings
 
-MODES = ("iptables",)
+MODES = ("iptables", "ipvs", "nftables")
 """Service modes there are."""
 
 
@@ -49,6 +50,28 @@ class IptablesSection(_Strict, frozen=True):
     masquerade_bit: int | None = None
     masquerade_all: bool = False
     localhost_node_ports: bool | None = None
+    sync_period: str | None = None
+    min_sync_period: str | None = None
+
+
+class IpvsSection(_Strict, frozen=True):
+    """``ipvs``: how virtual servers choose and what is left to others."""
+
+    scheduler: str = ""
+    exclude_cidrs: tuple[str, ...] = msgspec.field(default=(), name="excludeCIDRs")
+    strict_arp: bool = msgspec.field(default=False, name="strictARP")
+    tcp_timeout: str | None = None
+    tcp_fin_timeout: str | None = None
+    udp_timeout: str | None = None
+    sync_period: str | None = None
+    min_sync_period: str | None = None
+
+
+class NftablesSection(_Strict, frozen=True):
+    """``nftables``: the mark and how often."""
+
+    masquerade_bit: int | None = None
+    masquerade_all: bool = False
     sync_period: str | None = None
     min_sync_period: str | None = None
 
@@ -84,6 +107,8 @@ class ServicesSection(_Strict, frozen=True):
     detect_local: DetectLocalSection = DetectLocalSection()
     node_port_addresses: tuple[str, ...] | None = None
     iptables: IptablesSection = IptablesSection()
+    ipvs: IpvsSection = IpvsSection()
+    nftables: NftablesSection = NftablesSection()
     conntrack: ConntrackSection = ConntrackSection()
     # What follows is kube-proxy's and decides nothing in the modes there are; stating it is allowed and answered in the log.
     feature_gates: dict[str, bool] | None = None
@@ -95,8 +120,6 @@ class ServicesSection(_Strict, frozen=True):
     bind_address_hard_fail: bool | None = None
     enable_profiling: bool | None = None
     show_hidden_metrics_for_version: str | None = None
-    ipvs: dict[str, Any] | None = None
-    nftables: dict[str, Any] | None = None
     winkernel: dict[str, Any] | None = None
     oom_score_adj: int | None = None
     config_sync_period: str | None = None
@@ -114,8 +137,6 @@ _UNUSED = [
     "bind_address_hard_fail",
     "enable_profiling",
     "show_hidden_metrics_for_version",
-    "ipvs",
-    "nftables",
     "winkernel",
     "oom_score_adj",
     "config_sync_period",
@@ -130,6 +151,16 @@ _UNUSED_CONNTRACK = [
     "udp_timeout",
     "udp_stream_timeout",
 ]
+
+
+class ServiceOptions(_Strict, frozen=True):
+    """``serviceOptions``: what kube-proxy has no field for."""
+
+    dispatch_above: int = 500
+    guard_node_ports: bool = False
+    scheduler_by_port: bool = False
+    flows_to_removed_endpoints: FlowFate = "keep"
+    drain_time: str | None = None
 
 
 class OverlayOptions(msgspec.Struct, frozen=True):
@@ -163,12 +194,12 @@ class NodeConfig(msgspec.Struct, frozen=True):
 
 
 def default_config(node_name: str, mode: str = "iptables") -> NodeConfig:
-    """Return the configuration of a file that states nothing."""
-    return NodeConfig(node_name, mode=_mode(mode, "--mode"))
+    """Return the configuration of a file that states nothing but the mode."""
+    return _build({"nodeName": node_name}, ServicesSection(mode=_mode(mode, "--mode")), "services.", node_name)
 
 
-def load_config(path: Path, node_name: str = "") -> NodeConfig:
-    """Read a configuration file. ``node_name`` from the command line beats the file. Raises ConfigError."""
+def load_config(path: Path, node_name: str = "", mode: str = "") -> NodeConfig:
+    """Read a configuration file. ``node_name`` and ``mode`` from the command line beat the file. Raises ConfigError."""
     try:
         raw = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)
     except OSError as error:
@@ -176,27 +207,30 @@ def load_config(path: Path, node_name: str = "") -> NodeConfig:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     try:
-        return parse_config(raw, node_name)
+        return parse_config(raw, node_name, mode)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def parse_config(raw: object, node_name: str = "") -> NodeConfig:
+def parse_config(raw: object, node_name: str = "", mode: str = "") -> NodeConfig:
     """Check a decoded configuration file. Raises ConfigError naming path and value."""
     if not isinstance(raw, Mapping):
         raise ConfigError(f"must be a NodeConfiguration or a KubeProxyConfiguration, is {type(raw).__name__}")
+    stated: dict[str, Any] = {"mode": _mode(mode, "--mode")} if mode else {}
     match raw.get("kind"):
         case "KubeProxyConfiguration":
-            section = _decode(raw, ServicesSection, "")
+            section = _decode({**raw, **stated}, ServicesSection, "")
             return _build({"nodeName": section.hostname_override}, section, "", node_name)
         case "NodeConfiguration":
             if raw.get("apiVersion") != "nodeplane.dev/v1alpha1":
                 raise ConfigError(f"apiVersion: must be nodeplane.dev/v1alpha1, is {raw.get('apiVersion')!r}")
-            known = {"apiVersion", "kind", "nodeName", "services", "overlay", "policy", "iptablesVariant"}
+            known = {"apiVersion", "kind", "nodeName", "services", "serviceOptions", "overlay", "policy", "iptablesVariant"}
             for key in raw:
                 if key not in known:
                     raise ConfigError(f"{key}: unknown field; there are {', '.join(sorted(known))}")
-            section = _decode(raw.get("services") or {}, ServicesSection, "services")
+            services = raw.get("services") or {}
+            services = {**services, **stated} if isinstance(services, Mapping) else services
+            section = _decode(services, ServicesSection, "services")
             return _build(raw, section, "services.", node_name)
         case kind:
             raise ConfigError(f"kind: must be NodeConfiguration or KubeProxyConfiguration, is {kind!r}")
@@ -210,17 +244,14 @@ def _build(raw: Mapping[str, Any], section: ServicesSection, at: str, node_name:
     name = node_name or raw.get("nodeName") or section.hostname_override or socket.gethostname()
     if not isinstance(name, str):
         raise ConfigError(f"nodeName: must be a string, is {name!r}")
-    sync = _seconds(section.iptables.sync_period, 30.0, f"{at}iptables.syncPeriod")
-    minimum = _seconds(section.iptables.min_sync_period, 1.0, f"{at}iptables.minSyncPeriod")
-    if sync <= 0:
-        raise ConfigError(f"{at}iptables.syncPeriod: must be greater than 0, is {section.iptables.sync_period}")
-    if minimum > sync:
-        raise ConfigError(f"{at}iptables.minSyncPeriod: must not be greater than syncPeriod, is {minimum:g} s")
+    mode = _mode(section.mode, f"{at}mode")
+    minimum, sync = _periods(section, mode, at)
     overlay = raw.get("overlay")
+    options = _decode(raw.get("serviceOptions") or {}, ServiceOptions, "serviceOptions")
     return NodeConfig(
         node_name=name.lower(),
-        services=None if raw.get("services", {}) is False else _proxy_settings(section, at),
-        mode=_mode(section.mode, f"{at}mode"),
+        services=None if raw.get("services", {}) is False else _proxy_settings(section, options, mode, at),
+        mode=mode,
         min_sync_period=minimum,
         sync_period=sync,
         overlay=_overlay(overlay) if overlay is not None else None,
@@ -229,33 +260,84 @@ def _build(raw: Mapping[str, Any], section: ServicesSection, at: str, node_name:
     )
 
 
-def _proxy_settings(section: ServicesSection, at: str) -> ProxySettings:
-    bit = section.iptables.masquerade_bit
-    bit = 14 if bit is None else bit
+def _periods(section: ServicesSection, mode: str, at: str) -> tuple[float, float]:
+    """Return minSyncPeriod and syncPeriod in seconds, from the section of the mode."""
+    periods: dict[str, IptablesSection | IpvsSection | NftablesSection] = {
+        "iptables": section.iptables,
+        "ipvs": section.ipvs,
+        "nftables": section.nftables,
+    }
+    stated = periods[mode]
+    sync = _seconds(stated.sync_period, 30.0, f"{at}{mode}.syncPeriod")
+    minimum = _seconds(stated.min_sync_period, 0.0 if mode == "ipvs" else 1.0, f"{at}{mode}.minSyncPeriod")
+    if sync <= 0:
+        raise ConfigError(f"{at}{mode}.syncPeriod: must be greater than 0, is {stated.sync_period}")
+    if minimum > sync:
+        raise ConfigError(f"{at}{mode}.minSyncPeriod: must not be greater than syncPeriod, is {minimum:g} s")
+    return minimum, sync
+
+
+def _proxy_settings(section: ServicesSection, options: ServiceOptions, mode: str, at: str) -> ProxySettings:
+    """Check what decides meaning or rules. As in kube-proxy, ``ipvs`` takes mark and masqueradeAll from ``iptables``."""
+    own = section.nftables if mode == "nftables" else section.iptables
+    at_own = f"{at}nftables" if mode == "nftables" else f"{at}iptables"
+    bit = 14 if own.masquerade_bit is None else own.masquerade_bit
     if not 0 <= bit <= 31:
-        raise ConfigError(f"{at}iptables.masqueradeBit: must be between 0 and 31, is {bit}")
-    mode = section.detect_local_mode or "ClusterCIDR"
+        raise ConfigError(f"{at_own}.masqueradeBit: must be between 0 and 31, is {bit}")
+    detect_mode = section.detect_local_mode or "ClusterCIDR"
     detect = section.detect_local
-    if mode == "BridgeInterface" and not detect.bridge_interface:
+    if detect_mode == "BridgeInterface" and not detect.bridge_interface:
         raise ConfigError(f"{at}detectLocal.bridgeInterface: must be set with detectLocalMode BridgeInterface")
-    if mode == "InterfaceNamePrefix" and not detect.interface_name_prefix:
+    if detect_mode == "InterfaceNamePrefix" and not detect.interface_name_prefix:
         raise ConfigError(f"{at}detectLocal.interfaceNamePrefix: must be set with detectLocalMode InterfaceNamePrefix")
+    if options.dispatch_above < 0:
+        raise ConfigError(f"serviceOptions.dispatchAbove: must not be negative, is {options.dispatch_above}")
     cidrs = [c.strip() for c in section.cluster_cidr.split(",") if c.strip()]
     localhost = section.iptables.localhost_node_ports
+    ipvs = section.ipvs
     return ProxySettings(
-        masquerade_all=section.iptables.masquerade_all,
+        masquerade_all=own.masquerade_all,
         masquerade_bit=bit,
-        localhost_node_ports=True if localhost is None else localhost,
-        detect_local_mode=mode,
+        localhost_node_ports=TRAITS[mode].localhost_node_ports and (True if localhost is None else localhost),
+        detect_local_mode=detect_mode,
         cluster_cidrs=tuple(_prefix(c, f"{at}clusterCIDR") for c in cidrs),
         bridge_interface=detect.bridge_interface,
         interface_name_prefix=detect.interface_name_prefix,
-        node_port_addresses=_node_port_addresses(section.node_port_addresses or (), at),
+        node_port_addresses=_node_port_addresses(section.node_port_addresses, mode, at),
         tcp_be_liberal=section.conntrack.tcp_be_liberal,
+        dispatch_above=options.dispatch_above,
+        scheduler=_scheduler(ipvs.scheduler, f"{at}ipvs.scheduler"),
+        scheduler_by_port=options.scheduler_by_port,
+        ipvs_timeouts=(
+            _whole_seconds(ipvs.tcp_timeout, f"{at}ipvs.tcpTimeout"),
+            _whole_seconds(ipvs.tcp_fin_timeout, f"{at}ipvs.tcpFinTimeout"),
+            _whole_seconds(ipvs.udp_timeout, f"{at}ipvs.udpTimeout"),
+        ),
+        strict_arp=ipvs.strict_arp,
+        exclude_cidrs=tuple(_prefix(c, f"{at}ipvs.excludeCIDRs[{i}]") for i, c in enumerate(ipvs.exclude_cidrs)),
+        guard_node_ports=options.guard_node_ports,
+        flows_to_removed=options.flows_to_removed_endpoints,
+        drain_seconds=_whole_seconds(options.drain_time, "serviceOptions.drainTime", 30),
     )
 
 
-def _node_port_addresses(stated: tuple[str, ...], at: str) -> tuple[Prefix, ...] | Literal["primary"]:
+def _scheduler(stated: str, at: str) -> str:
+    """Check the shape of a scheduler's name; whether the kernel has it is the kernel's to say."""
+    if not re.fullmatch(r"[a-z0-9_-]{0,15}", stated):
+        raise ConfigError(f"{at}: must be the name of an IPVS scheduler such as rr, lc or mh, is {stated!r}")
+    return stated or "rr"
+
+
+def _whole_seconds(text: str | None, at: str, default: int = 0) -> int:
+    seconds = _seconds(text, float(default), at)
+    if seconds != int(seconds):
+        raise ConfigError(f"{at}: must be whole seconds, is {text!r}")
+    return int(seconds)
+
+
+def _node_port_addresses(stated: tuple[str, ...] | None, mode: str, at: str) -> tuple[Prefix, ...] | Literal["primary"]:
+    if not stated:
+        return "primary" if TRAITS[mode].primary_node_ports else ()
     if "primary" in stated:
         if len(stated) > 1:
             raise ConfigError(f"{at}nodePortAddresses: primary stands alone or not at all, is {list(stated)}")

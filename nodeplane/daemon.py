@@ -1,4 +1,9 @@
-"""``nodeplane agent``: puts the agent together for this machine and runs it until it is told to stop."""
+"""``nodeplane agent``: puts the agent together for this machine and runs it until it is told to stop.
+
+SIGHUP makes it read its configuration again: if that is right the process starts anew in its place (same pid), compares the
+kernel with what it now wants, and writes the difference; if it is wrong it says so and goes on. So a node changes its mode
+without a moment in which nobody answers.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import time
 from types import FrameType
 
@@ -15,15 +21,12 @@ from clusterstate.sources.files import FileSource
 from clusterstate.sources.tree import SourceError
 from kernelstate.errors import KernelStateError
 from kernelstate.linux.conntrack import Conntrack
-from kernelstate.linux.iptables import IptablesPort, choose_variant, families
-from kernelstate.linux.links import LinuxLinks
-from kernelstate.reconcile import NetfilterReconciler
-from kernelstate.reconcile_links import LinkReconciler
 from nodeplane.agent import Agent
 from nodeplane.commands import Failed, Usage
 from nodeplane.config import ConfigError, NodeConfig, load_config
 from nodeplane.host import LinuxHost
-from nodeplane.pipeline import OWNERSHIP, Pipeline
+from nodeplane.host_kernel import host_kernel
+from nodeplane.pipeline import Pipeline
 from nodeplane.status import AlreadyRunningError, Status, take_lock, write_status
 
 log = logging.getLogger("nodeplane")
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         except (AlreadyRunningError, OSError) as error:
             raise Failed(str(error)) from error
         try:
-            _follow(config, source, first)
+            _follow(config, source, first, args)
         except KernelStateError as error:
             raise Failed(str(error)) from error
         finally:
@@ -55,20 +58,38 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _follow(config: NodeConfig, source: FileSource, first: Update) -> None:
-    """Run the agent until a signal ends it."""
-    stopped: list[int] = []
+def _follow(config: NodeConfig, source: FileSource, first: Update, args: argparse.Namespace) -> None:
+    """Run the agent until a signal ends it, or replaces it."""
+    caught: list[int] = []
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
-    def stop(number: int, _frame: FrameType | None) -> None:
-        stopped.append(number)
+    def note(number: int, _frame: FrameType | None) -> None:
+        caught.append(number)
 
     signal.set_wakeup_fd(wake_write)
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, note)
     agent = build_agent(config, source, expected_chains(first))
     agent.start(first)
-    agent.run(lambda: bool(stopped), wake_read)
+    while True:
+        agent.run(lambda: bool(caught), wake_read)
+        if set(caught) != {signal.SIGHUP}:
+            return
+        caught.clear()
+        _start_anew(args)
+
+
+def _start_anew(args: argparse.Namespace) -> None:
+    """Replace this process by one that reads the configuration again; returns only if that configuration is wrong."""
+    try:
+        config = load_config(args.config, args.node or "")
+    except ConfigError as error:
+        log.error("SIGHUP: %s: going on as before", error)  # noqa: TRY400 (one line for people, no traceback)
+        return
+    log.info("SIGHUP: starting anew, Services in %s", config.mode)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # stays ignored over the exec until the new program listens
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  (the very program that runs)
 
 
 def expected_chains(update: Update) -> int:
@@ -81,14 +102,12 @@ def build_agent(config: NodeConfig, source: FileSource, chains: int) -> Agent:
     """Wire the parts for the current network namespace, in which about ``chains`` chains are going to be."""
     for note in config.notes:
         log.info("%s", note)
-    variant, reason = config.iptables_variant, "iptablesVariant in the configuration"
-    if variant == "auto":
-        variant, reason = choose_variant(chains)
-    log.info("node %s: Services in %s through iptables-%s (%s)", config.node_name, config.mode, variant, reason)
+    host = host_kernel(config, chains)
+    variant, reason = host.iptables_variant, host.iptables_reason
+    log.info("node %s: Services in %s; iptables-%s (%s)", config.node_name, config.mode, variant, reason)
     overlay = config.overlay
     for note in overlay.net_conf.notes if overlay else ():
         log.info("overlay.%s", note)
-    ports = [LinuxLinks()] if overlay else []
     status = Status(
         pid=os.getpid(),
         node=config.node_name,
@@ -102,11 +121,9 @@ def build_agent(config: NodeConfig, source: FileSource, chains: int) -> Agent:
         pipeline=Pipeline(config),
         source=source,
         host=LinuxHost(config),
-        netfilter=NetfilterReconciler(IptablesPort(variant), OWNERSHIP),
-        links=LinkReconciler(ports[0]) if ports else None,
+        kernel=host.kernel,
         conntrack=Conntrack(),
         publish=write_status,
         status=status,
-        watched=[port.fileno() for port in ports],
-        families=families(),
+        watched=host.watched,
     )

@@ -18,7 +18,7 @@ import msgspec
 from clusterstate.objects import IPAddress
 from kernelstate.objects.address import Prefix
 from kernelstate.objects.netfilter import Protocol, Verdict
-from kernelstate.simulate import Packet, Simulator
+from kernelstate.simulate import Packet, Simulator, Step
 from kernelstate.simulate import Path as WalkedPath
 from nodeplane.commands import Failed, Usage
 from nodeplane.objects_input import NodeView, read_view
@@ -26,6 +26,8 @@ from overlay.oracle import path_of
 from proxy.oracle import Flow, Judgement, Oracle, Outcome, parse_backend, print_backend
 from proxy.render.iptables import NODE_PORTS
 
+_LET_IN = frozenset({NODE_PORTS, "KUBE-NODE-PORT"})
+"""Chains in which the rule modes let health check ports in."""
 _PROTOCOLS: dict[str, Protocol] = {"TCP": "tcp", "UDP": "udp", "SCTP": "sctp"}
 
 
@@ -220,7 +222,7 @@ def outcome_of(path: WalkedPath) -> Outcome:
         return Outcome(path.verdict)
     if path.dnat is not None:
         return Outcome("dnat", print_backend(*path.dnat), path.masquerade)
-    by_name = any(s.chain == NODE_PORTS and s.rule.target is Verdict.ACCEPT for s in path.steps)
+    by_name = any(isinstance(s, Step) and s.chain in _LET_IN and s.rule.target is Verdict.ACCEPT for s in path.steps)
     return Outcome("accept" if by_name else "pass")
 
 

@@ -32,7 +32,7 @@ def add_lab_parser(subparsers: Any) -> None:
     up.add_argument(
         "--objects", action="append", default=[], metavar="P", help="Kubernetes objects; may be given several times"
     )
-    up.add_argument("--services", metavar="MODE", help="service mode: iptables")
+    up.add_argument("--services", metavar="MODE", help="service mode: iptables, ipvs or nftables")
     up.add_argument("--overlay", metavar="BACKEND", help="vxlan or host-gw")
     _timeout(up)
     status = _command(commands, "status", _status, "nodes, pods, Services and whether they are in sync")
@@ -45,6 +45,10 @@ def add_lab_parser(subparsers: Any) -> None:
         change.add_argument(
             "-f", "--filename", action="append", required=True, metavar="P", help="file, directory or - (stdin)"
         )
+    switch = _command(commands, "switch", _switch, "let running nodes change their service mode, under whatever load there is")
+    switch.add_argument("mode", metavar="MODE", help="iptables, ipvs or nftables")
+    switch.add_argument("--node", action="append", default=[], metavar="N", help="only this node; may be given several times")
+    _timeout(switch)
     wait = _command(commands, "wait", _wait, "wait until every agent has programmed the latest change")
     _timeout(wait)
     execute = _command(commands, "exec", _exec, "run a program in a pod, a node, external or router")
@@ -224,6 +228,12 @@ def _delete(args: argparse.Namespace) -> int:
     _print_change(change)
     if change.missing:
         raise Failed(f"not there: {', '.join(map(str, change.missing))}")
+    return 0
+
+
+def _switch(args: argparse.Namespace) -> int:
+    nodes = _lab("lab").switch(args.name, args.mode, args.node, timeout=args.timeout)
+    print(f"{', '.join(nodes)}: Services in {args.mode}", file=sys.stderr)
     return 0
 
 

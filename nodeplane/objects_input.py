@@ -35,9 +35,8 @@ def read_view(args: argparse.Namespace) -> NodeView:
     An object that cannot be used is named on stderr and left out, as the agent does it.
     """
     try:
-        config = load_config(args.config, args.node) if args.config else default_config(args.node)
-        if args.mode:
-            config = msgspec.structs.replace(config, mode=default_config(args.node, args.mode).mode)
+        mode = args.mode or ""
+        config = load_config(args.config, args.node, mode) if args.config else default_config(args.node, mode)
         snapshot, errors = load_objects(args.objects)
     except (ConfigError, SourceError) as error:
         raise Usage(str(error)) from error

@@ -1,8 +1,8 @@
 """From a snapshot to what the kernel should hold, for one node: pure, and as incremental as the change is small.
 
-    Update --> ServiceCompiler --> IptablesProgram --.
-       |                                             +--> Desired (ruleset, changed chains, links, stale flows, problems)
-       '-----> compile_peers ----> vxlan, host-gw ---'
+    Update --> ServiceCompiler --> the mode's program --.
+       |                                                +--> Desired (rules, tables, servers, links, stale flows, problems)
+       '-----> compile_peers ----> vxlan, host-gw ------'
 
 The agent feeds it updates and hands the result to reconcilers; ``render`` and ``explain`` use it once. It never meets the kernel:
 what the host contributes comes in as ``HostFacts``.
@@ -16,22 +16,25 @@ from collections.abc import Callable
 import msgspec
 
 from clusterstate.objects import Node
-from clusterstate.snapshot import Snapshot, Update
+from clusterstate.snapshot import Name, Snapshot, Update
 from kernelstate.objects.address import Family, Prefix
 from kernelstate.objects.links import LinkState
 from kernelstate.objects.netfilter import Anchor, ChainKey, Rule, Ruleset
 from kernelstate.ownership import Ownership
 from nodeplane.config import NodeConfig, OverlayOptions
+from nodeplane.service_programs import PROGRAMS, ServiceChange, ServiceProgram, ServiceState
 from overlay.compile import compile_peers
 from overlay.render.hostgw import render_hostgw
 from overlay.render.masquerade import CHAIN_NAMES as OVERLAY_CHAINS
 from overlay.render.masquerade import render_masquerade
 from overlay.render.vxlan import render_vxlan
 from overlay.table import PeerTable, Uplink
-from proxy.compile import ServiceCompiler
+from proxy.compile import BALANCE, ServiceCompiler
 from proxy.conntrack import StaleFlows
-from proxy.render.iptables_program import CHAIN_NAMES, CHAIN_PREFIXES, IptablesProgram
+from proxy.modes import TRAITS
+from proxy.render.iptables_program import CHAIN_NAMES, CHAIN_PREFIXES
 from proxy.settings import NodeFacts, ProxySettings
+from proxy.table import ServiceEntry
 
 OWNERSHIP = Ownership(
     names=frozenset((*CHAIN_NAMES, *OVERLAY_CHAINS)),
@@ -53,9 +56,14 @@ class Desired(msgspec.Struct, frozen=True):
     """What the kernel should hold now."""
 
     ruleset: Ruleset
+    """Of Services and overlay together."""
     families: tuple[Family, ...]
     changed_chains: frozenset[ChainKey] | None
     """Chains that differ from the ``Desired`` before; None: compare all."""
+    services: ServiceState
+    """What Services need besides, by mode."""
+    service_change: ServiceChange | None
+    """What of it differs from the ``Desired`` before; None: compare all."""
     links: LinkState | None
     """None: the overlay is somebody else's."""
     peers: PeerTable | None
@@ -69,14 +77,15 @@ class Pipeline:
     def __init__(self, config: NodeConfig) -> None:
         self.config = config
         self.settings = config.services
-        self.compiler = ServiceCompiler(NodeFacts(config.node_name))
-        self.program: IptablesProgram | None = None
+        self.compiler = ServiceCompiler(NodeFacts(config.node_name), tracked_protocols(config.services))
+        self.program: ServiceProgram | None = None
         self.peers: PeerTable | None = None
         self.has_uplink = True
         self.rules = 0
         """How many rules there are in chains of ours."""
         self._chains: dict[ChainKey, tuple[Rule, ...]] = {}
         self._masquerade = Ruleset({})
+        self._consistent: set[Name] = set()
         self._service_families: Counter[Family] = Counter()
         self._overlay_input: object = None
         self._links: LinkState | None = None
@@ -85,10 +94,11 @@ class Pipeline:
     def update(self, update: Update, facts: HostFacts) -> Desired:
         """Take in a snapshot and say what the kernel should hold."""
         stale = StaleFlows()
-        node = node_facts(self.config.node_name, update.snapshot.nodes.get(self.config.node_name), facts)
-        changed: set[ChainKey] | None = set()
+        node = node_facts(self.config.node_name, update.snapshot, facts)
+        change: ServiceChange | None = ServiceChange()
         if self.settings is not None:
-            changed = self._update_services(self.settings, update, node, stale)
+            change = self._update_services(self.settings, update, node, stale)
+        changed = None if change is None else change.chains
         if self.config.overlay is not None and self._update_overlay(self.config.overlay, update.snapshot, facts):
             changed = None
         if not self._started:
@@ -99,7 +109,9 @@ class Pipeline:
         return Desired(
             ruleset=Ruleset(self._chains, self._anchors()),
             families=families,
-            changed_chains=None if changed is None else frozenset(changed),
+            changed_chains=changed,
+            services=self.program.state if self.program else ServiceState(),
+            service_change=change,
             links=self._links,
             peers=self.peers,
             stale=stale,
@@ -115,7 +127,7 @@ class Pipeline:
 
     def _update_services(
         self, settings: ProxySettings, update: Update, node: NodeFacts, stale: StaleFlows
-    ) -> set[ChainKey] | None:
+    ) -> ServiceChange | None:
         names = update.service_changed
         if node != self.compiler.node or not self._started:
             self.compiler.node = node
@@ -128,16 +140,23 @@ class Pipeline:
                 in_use[entry.family] -= 1
             for entry in after:
                 in_use[entry.family] += 1
+            self._note_consistent(name, after)
             if self._started:
                 stale.note(before, after)
         if not self._started:
             stale.note_all(entries)
         families = self._families(settings, node)
         if self.program is None or self.program.node != node or self.program.families != families:
-            self.program = IptablesProgram(settings, node, families)
+            self.program = PROGRAMS[self.config.mode](settings, node, families)
             self.program.update(entries, None)
             return None
         return self.program.update(entries, changed)
+
+    def _note_consistent(self, name: Name, entries: tuple[ServiceEntry, ...]) -> None:
+        if entries and entries[0].consistent:
+            self._consistent.add(name)
+        else:
+            self._consistent.discard(name)
 
     def _families(self, settings: ProxySettings, node: NodeFacts) -> tuple[Family, ...]:
         """Return the families in use: the node's, its pods' and the Services'; rules of another would never be met."""
@@ -172,8 +191,8 @@ class Pipeline:
 
     # -- putting together --------------------------------------------------------------------------------------------
 
-    def _merge(self, changed: set[ChainKey] | None) -> None:
-        rendered = self.program.chains if self.program else {}
+    def _merge(self, changed: frozenset[ChainKey] | None) -> None:
+        rendered = self.program.state.chains if self.program else {}
         if changed is None:
             self._chains = {**rendered, **self._masquerade.chains}
             self.rules = sum(map(len, self._chains.values()))
@@ -185,7 +204,7 @@ class Pipeline:
                 self.rules += len(rendered[key])
 
     def _anchors(self) -> tuple[Anchor, ...]:
-        return (self.program.ruleset.anchors if self.program else ()) + self._masquerade.anchors
+        return (self.program.state.anchors if self.program else ()) + self._masquerade.anchors
 
     def _problems(self, snapshot: Snapshot) -> tuple[str, ...]:
         found = list(self.compiler.problems)
@@ -193,6 +212,7 @@ class Pipeline:
             found.append(f"Node {self.config.node_name} is not among the objects: its zone, addresses and podCIDRs are unknown")
         if self.program is not None:
             found += self.program.problems
+        found += self._unhashed()
         if not self.has_uplink:
             wanted = self.config.overlay.iface if self.config.overlay else ""
             found.append(f"overlay.iface: no link {wanted or 'holds an address of the Node'}: the overlay is left as it is")
@@ -200,11 +220,29 @@ class Pipeline:
             found += [str(problem) for problem in self.peers.problems]
         return tuple(found)
 
+    def _unhashed(self) -> list[str]:
+        """Name the Services that ask for consistent hashing in a mode that draws lots."""
+        if not self._consistent or TRAITS[self.config.mode].hashes_clients:
+            return []
+        return [
+            f"Service {ns}/{name}: metadata.annotations: {BALANCE}: consistent-hash cannot be had in mode {self.config.mode}"
+            for ns, name in sorted(self._consistent)
+        ]
 
-def node_facts(name: str, node: Node | None, facts: HostFacts) -> NodeFacts:
+
+def tracked_protocols(settings: ProxySettings | None) -> frozenset[str]:
+    """Return the protocols whose flows are looked after when an endpoint goes."""
+    if settings is None or settings.flows_to_removed == "keep":
+        return frozenset({"UDP"})
+    return frozenset({"TCP", "UDP", "SCTP"})
+
+
+def node_facts(name: str, snapshot: Snapshot, facts: HostFacts) -> NodeFacts:
     """Put together what is known of the node."""
+    node: Node | None = snapshot.nodes.get(name)
+    cidrs = tuple(sorted({Prefix.of(c) for one in snapshot.service_cidrs.values() for c in one.cidrs}))
     if node is None:
-        return NodeFacts(name, local_addresses=facts.local_addresses)
+        return NodeFacts(name, local_addresses=facts.local_addresses, service_cidrs=cidrs)
     own = (node.internal_ip(4), node.internal_ip(6))
     first = next((a.ip.version for a in node.addresses), 4)
     addresses = tuple(a for a in (own if first == 4 else own[::-1]) if a is not None)
@@ -214,6 +252,7 @@ def node_facts(name: str, node: Node | None, facts: HostFacts) -> NodeFacts:
         addresses=addresses,
         pod_cidrs=tuple(Prefix.of(c) for c in node.pod_cidrs),
         local_addresses=facts.local_addresses,
+        service_cidrs=cidrs,
     )
 
 

@@ -8,6 +8,7 @@ started again by hand, in `lab exec NODE`, is as good as the first.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from netnslab import mounts, processes
 from netnslab.errors import LabError, LabInputError
 from netnslab.state import LabState, write_file
 from netnslab.topology import Topology
-from nodeplane.config import ConfigError, parse_config
+from nodeplane.config import MODES, ConfigError, parse_config
 from nodeplane.status import Status, read_status
 
 CONFIG, OBJECTS = "/run/nodeplane/config.yaml", "/run/nodeplane/objects"
@@ -33,8 +34,11 @@ def node_view(state: LabState, node: str) -> mounts.NodeView:
     return mounts.NodeView(state.node_dir(node), state.objects)
 
 
-def node_config(topology: Topology, node: str) -> dict[str, Any]:
-    """Return a node's NodeConfiguration. Raises LabInputError if the topology states what an agent would refuse."""
+def node_config(topology: Topology, node: str, mode: str = "") -> dict[str, Any]:
+    """Return a node's NodeConfiguration, its Services in ``mode`` or as the topology says.
+
+    Raises LabInputError if that is something an agent would refuse.
+    """
     v4, v6 = ([c for c in topology.cluster.pod_cidrs if (":" in c) == (family == 6)] for family in (4, 6))
     overlay: dict[str, Any] = {
         "iface": "eth0",
@@ -45,12 +49,12 @@ def node_config(topology: Topology, node: str) -> dict[str, Any]:
         **({"Network": v4[0]} if v4 else {}),
         **({"IPv6Network": v6[0]} if v6 else {}),
     }
-    services = {"clusterCIDR": ",".join(topology.cluster.pod_cidrs), "iptables": {"minSyncPeriod": "0.1s"}}
+    services = {"clusterCIDR": ",".join(topology.cluster.pod_cidrs), **{m: {"minSyncPeriod": "0.1s"} for m in MODES}}
     config = {
         "apiVersion": "nodeplane.dev/v1alpha1",
         "kind": "NodeConfiguration",
         "nodeName": node,
-        "services": {**services, **topology.services},
+        "services": {**services, **topology.services, **({"mode": mode} if mode else {})},
         "overlay": overlay,
         "policy": {"enabled": False},
     }
@@ -61,6 +65,35 @@ def node_config(topology: Topology, node: str) -> dict[str, Any]:
     return config
 
 
+def write_config(state: LabState, node: str) -> None:
+    """Write a node's configuration where its agent reads it."""
+    config = node_config(state.topology, node, state.modes.get(node, ""))
+    write_file(state.node_dir(node) / "run/config.yaml", msgspec.json.format(msgspec.json.encode(config)))
+
+
+def reload(state: LabState, nodes: Sequence[str], timeout: float) -> None:
+    """Let running agents read their configuration again; returns once each has started anew and is in sync.
+
+    Raises LabError when one does not run, or is late.
+    """
+    before = {}
+    for node in nodes:
+        status, alive = agent_status(state, node)
+        if status is None or not alive:
+            raise LabError(f"the agent of {node} is not running")
+        before[node] = status.started
+        os.kill(status.pid, signal.SIGHUP)
+    end = time.monotonic() + timeout
+    for node in nodes:
+        while True:
+            status, alive = agent_status(state, node)
+            if alive and status is not None and status.started != before[node] and status.synced:
+                break
+            if time.monotonic() > end:
+                raise LabError(f"{node} has not started anew after {timeout:g} s: {log_tail(state, node)}")
+            time.sleep(POLL)  # bounded; see ``await_sync``
+
+
 def start(state: LabState, nodes: Sequence[str]) -> dict[str, subprocess.Popen[bytes]]:
     """Start the agents of these nodes."""
     return {node: _start(state, node) for node in nodes}
@@ -68,7 +101,7 @@ def start(state: LabState, nodes: Sequence[str]) -> dict[str, subprocess.Popen[b
 
 def _start(state: LabState, node: str) -> subprocess.Popen[bytes]:
     directory = state.node_dir(node)
-    write_file(directory / "run/config.yaml", msgspec.json.format(msgspec.json.encode(node_config(state.topology, node))))
+    write_config(state, node)
     with (directory / "agent.log").open("ab") as log:
         process = mounts.popen(
             state.node_netns(node),

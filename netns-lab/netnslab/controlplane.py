@@ -46,6 +46,7 @@ def complete(given: Given, topology: Topology, memory: Memory) -> Completed:
     plane.pods()
     plane.services()
     plane.slices()
+    plane.service_cidr()
     plane.namespaces()
     return Completed(plane.objects, plane.memory)
 
@@ -223,6 +224,12 @@ class _ControlPlane:
                 self.objects[ObjectRef("EndpointSlice", ref.namespace, one["metadata"]["name"])] = one
         for kind in ("EndpointSlice", "Endpoints", "NetworkPolicy", "ServiceCIDR", "Namespace"):
             self.objects.update(self._of(kind))
+
+    def service_cidr(self) -> None:
+        """Add the ServiceCIDR that the API server makes of its own range."""
+        cidrs = list(self.topology.cluster.service_cidrs)
+        raw = {"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "kubernetes"}}
+        self.objects.setdefault(ObjectRef("ServiceCIDR", "", "kubernetes"), {**raw, "spec": {"cidrs": cidrs}})
 
     def namespaces(self) -> None:
         """Add the namespaces every cluster has, and those that objects are in."""

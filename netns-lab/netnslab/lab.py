@@ -139,6 +139,27 @@ def delete(name: str, refs: Iterable[ObjectRef]) -> Change:
         return change
 
 
+def switch(name: str, mode: str, nodes: Iterable[str], *, timeout: float = SYNC_SECONDS) -> list[str]:
+    """Let running nodes (none named: all) change their service mode; returns them once they are in sync.
+
+    Raises LabInputError for a mode or node that is not there, and then nothing was changed.
+    """
+    with states.locked(name):
+        state = _loaded(name)
+        known = [n.name for n in state.topology.nodes]
+        wanted = list(nodes) or known
+        for node in wanted:
+            if node not in known:
+                raise LabInputError(f"--node: lab {name!r} has no node {node!r}; there are {', '.join(known)}")
+            agents.node_config(state.topology, node, mode)
+        state.modes |= dict.fromkeys(wanted, mode)
+        state.save()
+        for node in wanted:
+            agents.write_config(state, node)
+        agents.reload(state, wanted, timeout)
+        return wanted
+
+
 def _with_it(ref: ObjectRef, given: Given, nodes: Mapping[str, str]) -> list[ObjectRef]:
     """Return what goes with a Namespace or a Node."""
     match ref.kind:

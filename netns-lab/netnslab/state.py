@@ -75,6 +75,8 @@ class LabState(msgspec.Struct):
     unfinished: list[str] = []
     """Pods (``namespace/name``) that are being made or taken away: whoever finds them here begins again with them."""
     processes: list[Process] = []
+    modes: dict[str, str] = {}
+    """The service mode of nodes that were switched since the lab came up."""
     generation: int = 0
     complete: bool = False
     """Whether ``lab up`` came to its end."""

@@ -16,6 +16,7 @@ from kernelstate.ports import ConntrackEntry
 from kernelstate.reconcile import NetfilterReconciler
 from nodeplane.agent import Agent
 from nodeplane.config import parse_config
+from nodeplane.kernel import NodeKernel
 from nodeplane.pipeline import OWNERSHIP, HostFacts, Pipeline
 from nodeplane.status import Status
 
@@ -146,8 +147,7 @@ def make():
             pipeline=Pipeline(config),
             source=source,
             host=host,
-            netfilter=NetfilterReconciler(netfilter, OWNERSHIP),
-            links=None,
+            kernel=NodeKernel(NetfilterReconciler(netfilter, OWNERSHIP)),
             conntrack=flows,
             publish=published.append,
             status=Status(pid=1, node="n1", mode="iptables"),

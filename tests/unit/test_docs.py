@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from proxy.modes import TRAITS
+
 ROOT = Path(__file__).parent.parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("netns-lab/**/*.md"), *ROOT.glob("bench/*.md")])
 GOLDEN = {line for path in ROOT.glob("tests/golden/*/*.txt") for line in path.read_text().splitlines()}
@@ -29,3 +31,11 @@ def test_links_lead_somewhere(page):
             titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
             assert heading in slugs, f"{page.name} links to {target}"
+
+
+def test_every_difference_between_modes_is_told():
+    """docs/modes.md has a line for each trait, with what each mode does, and no other line."""
+    rows = re.findall(r"^\| `(\w+)` \| (yes|no) \| (yes|no) \| (yes|no) \|", (ROOT / "docs/modes.md").read_text(), re.MULTILINE)
+    told = {name: [word == "yes" for word in words] for name, *words in rows}
+    fields = [f for f in TRAITS["iptables"].__struct_fields__ if f != "name"]
+    assert told == {f: [getattr(TRAITS[mode], f) for mode in ("iptables", "ipvs", "nftables")] for f in fields}

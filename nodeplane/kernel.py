@@ -1,0 +1,96 @@
+"""Every part of the kernel that a node's agent keeps as desired, in the order in which it is written.
+
+Whoever is asked first must be there first: tables and servers before the rules that lead to them.
+
+    mode iptables    links, packet filter
+    mode nftables    links, nftables, packet filter
+
+``retired`` are the parts that only other modes use. They are emptied once this mode is in place, so that a node which changes
+its mode answers all the time, and nothing of the old mode is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kernelstate.errors import KernelStateError
+from kernelstate.objects.address import Family
+from kernelstate.ports import Reconciler, SyncReport
+from kernelstate.reconcile import NetfilterReconciler
+from kernelstate.reconcile_links import LinkReconciler
+from nodeplane.pipeline import Desired
+
+if TYPE_CHECKING:
+    from kernelstate.reconcile_nftables import NftablesReconciler
+
+
+class NodeKernel:
+    """The reconcilers of one node, behind one face."""
+
+    def __init__(
+        self,
+        netfilter: NetfilterReconciler,
+        *,
+        links: LinkReconciler | None = None,
+        nftables: NftablesReconciler | None = None,
+        families: Sequence[Family] = (4, 6),
+        retired: Sequence[Reconciler] = (),
+    ) -> None:
+        self.netfilter, self.links, self.nftables = netfilter, links, nftables
+        self.families = tuple(families)
+        """The families whose packet filter this kernel has."""
+        self.retired = list(retired)
+
+    @property
+    def parts(self) -> list[Reconciler]:
+        """The parts in the order in which they are written."""
+        found: list[Reconciler | None] = [self.links, self.nftables, self.netfilter]
+        return [part for part in found if part is not None]
+
+    def set_desired(self, desired: Desired) -> None:
+        """Tell every part what should exist; nothing is written yet."""
+        # A family that is not in use is looked after as well: what an earlier agent left in it goes.
+        families = sorted({*self.families, *desired.families})
+        self.netfilter.set_desired(desired.ruleset, desired.changed_chains, families)
+        change = desired.service_change
+        if self.nftables is not None:
+            self.nftables.set_desired(desired.services.tables, change.tables if change else None)
+        if self.links is not None and desired.links is not None:
+            self.links.set_desired(desired.links)
+
+    def sync(self) -> list[SyncReport]:
+        """Write what differs, part by part, then empty what is retired."""
+        reports = [part.sync() for part in self.parts]
+        if self.retired and all(report.ok for report in reports):
+            reports += self._retire()
+        return reports
+
+    def _retire(self) -> list[SyncReport]:
+        """Empty the parts of other modes; what fails is tried again at the next sync."""
+        reports = []
+        for part in tuple(self.retired):
+            try:
+                report = part.cleanup()
+            except KernelStateError as error:
+                report = SyncReport(part.part, 0, (str(error),))
+            if report.ok:
+                self.retired.remove(part)
+            reports.append(report)
+        return reports
+
+    @property
+    def dirty(self) -> tuple[str, ...]:
+        """The parts of which something desired is known not to be in the kernel."""
+        return tuple(part.part for part in self.parts if part.dirty)
+
+    def drifted(self) -> bool:
+        """Ask every part whether somebody else changed something; all are asked, for that also takes in their events."""
+        answers = [part.drifted() for part in self.parts]
+        return any(answers)
+
+    def forget(self) -> None:
+        """Trust no memory of what only a full look shows: the next sync observes the packet filter and the tables."""
+        self.netfilter.forget()
+        if self.nftables is not None:
+            self.nftables.forget()

@@ -1,0 +1,129 @@
+"""One shape for what a mode asks of the kernel: the programs that render Services, side by side.
+
+    mode       chains and anchors   tables   servers, sets, addresses
+    iptables   all of it
+    ipvs       what surrounds it             all of it
+    nftables                        all of it
+
+The pipeline moves whichever program the configuration names along with the cluster; ``kernel.py`` hands its state to the
+reconcilers. A change names what may differ, so that nobody compares ten thousand Services for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+import msgspec
+
+from clusterstate.snapshot import Name
+from kernelstate.objects.address import Family
+from kernelstate.objects.netfilter import Anchor, ChainKey, Rule
+from kernelstate.objects.nftables import Table, TableChange
+from proxy.render.iptables_program import IptablesProgram
+from proxy.settings import NodeFacts, ProxySettings
+from proxy.table import ServiceEntry
+
+Entries = Mapping[Name, tuple[ServiceEntry, ...]]
+
+
+class ServiceState(msgspec.Struct, frozen=True):
+    """What should exist for Services. The mappings are the program's own, updated in place."""
+
+    chains: dict[ChainKey, tuple[Rule, ...]] = {}
+    anchors: tuple[Anchor, ...] = ()
+    tables: dict[Family, Table] = {}
+
+
+class ServiceChange(msgspec.Struct, frozen=True):
+    """What may differ from the state before."""
+
+    chains: frozenset[ChainKey] = frozenset()
+    tables: dict[Family, TableChange] = {}
+
+
+class ServiceProgram(Protocol):
+    """One mode's rendered Services, moved along by changes."""
+
+    node: NodeFacts
+    families: tuple[Family, ...]
+
+    @property
+    def endpoints(self) -> int:
+        """Endpoints reachable through any Service, counted once a ServicePort."""
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is asked for and cannot be had, one line each."""
+
+    @property
+    def state(self) -> ServiceState:
+        """What should exist now."""
+
+    def update(self, entries: Entries, names: Iterable[Name] | None) -> ServiceChange:
+        """Render the Services in ``names`` again (None: all) and say what may differ now."""
+
+
+class IptablesServices:
+    """Mode ``iptables``."""
+
+    def __init__(self, settings: ProxySettings, node: NodeFacts, families: Iterable[Family]) -> None:
+        self.node = node
+        self.families = tuple(families)
+        self._program = IptablesProgram(settings, node, self.families)
+
+    @property
+    def endpoints(self) -> int:
+        """See ``ServiceProgram``."""
+        return self._program.endpoints
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """See ``ServiceProgram``."""
+        return self._program.problems
+
+    @property
+    def state(self) -> ServiceState:
+        """See ``ServiceProgram``."""
+        return ServiceState(self._program.chains, self._program.ruleset.anchors)
+
+    def update(self, entries: Entries, names: Iterable[Name] | None) -> ServiceChange:
+        """See ``ServiceProgram``."""
+        return ServiceChange(frozenset(self._program.update(entries, names)))
+
+
+class NftablesServices:
+    """Mode ``nftables``."""
+
+    def __init__(self, settings: ProxySettings, node: NodeFacts, families: Iterable[Family]) -> None:
+        self.node = node
+        self.families = tuple(families)
+        from proxy.render.nftables_program import NftablesProgram  # noqa: PLC0415 (only where the mode asks for it)
+
+        self._program = NftablesProgram(settings, node, self.families)
+
+    @property
+    def endpoints(self) -> int:
+        """See ``ServiceProgram``."""
+        return self._program.endpoints
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """See ``ServiceProgram``."""
+        return self._program.problems
+
+    @property
+    def state(self) -> ServiceState:
+        """See ``ServiceProgram``."""
+        return ServiceState(tables=self._program.tables)
+
+    def update(self, entries: Entries, names: Iterable[Name] | None) -> ServiceChange:
+        """See ``ServiceProgram``."""
+        return ServiceChange(tables=self._program.update(entries, names))
+
+
+PROGRAMS: dict[str, Callable[[ProxySettings, NodeFacts, tuple[Family, ...]], ServiceProgram]] = {
+    "iptables": IptablesServices,
+    "nftables": NftablesServices,
+}
+"""The program of each mode."""
