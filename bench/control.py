@@ -1,10 +1,10 @@
-"""The real agent with a kernel that only keeps the text, so that what is measured is the agent and nothing else.
+"""The real agent with every step measured: its own work apart from what the kernel does with it.
 
-    files --> FileSource --> Pipeline --> NetfilterReconciler --> text          | iptables-restore, kernel
-              '------------------- agent's own work -----------------'          | measured on its own: ``kernel.py``
+    files --> FileSource --> Pipeline --> reconciler --> text, messages         | iptables-restore, libnftables, kernel
+              '------------------- agent's own work -----------------'          | ``ports.py`` says how real they are
 
-Everything up to the text is the program's own code, put together as ``nodeplane agent`` does it, without overlay and conntrack
-(neither has anything to do for these changes).
+Everything is the program's own code, put together as ``nodeplane agent`` does it, without overlay and conntrack (neither has
+anything to do for these changes).
 """
 
 from __future__ import annotations
@@ -17,33 +17,17 @@ from pathlib import Path
 import msgspec
 
 from bench.cluster import CLUSTER_CIDR, NODE
-from bench.stages import Stages
+from bench.kernel import Applied
+from bench.ports import Written, measured_kernel
+from bench.stages import KERNEL, Stages
 from clusterstate.objects import Node
 from clusterstate.sources.files import FileSource
-from kernelstate.fake import RecordingNetfilter
-from kernelstate.objects.address import Family, Prefix
-from kernelstate.reconcile import NetfilterReconciler
+from kernelstate.objects.address import Prefix
 from nodeplane.agent import Agent
 from nodeplane.config import NodeConfig
-from nodeplane.kernel import NodeKernel
-from nodeplane.pipeline import OWNERSHIP, Desired, HostFacts, Pipeline
+from nodeplane.pipeline import Desired, HostFacts, Pipeline
 from nodeplane.status import Status
 from proxy.settings import ProxySettings
-
-
-class TextPort(RecordingNetfilter):
-    """Notes when a text was handed over: there the agent's own work ends and iptables-restore's begins."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.handed = (0.0, 0.0)
-        self.size = 0
-
-    def apply(self, family: Family, restore_text: str) -> None:
-        """Keep the text, as bytes too (it is what a pipe takes), and read the clocks."""
-        super().apply(family, restore_text)
-        self.size = len(restore_text.encode())
-        self.handed = (time.perf_counter(), time.process_time())
 
 
 class BareHost:
@@ -67,47 +51,47 @@ class BareHost:
 
 
 class Work(msgspec.Struct, frozen=True):
-    """What one step cost the agent, in milliseconds, and the text it came to."""
+    """What one step cost the agent, in milliseconds, and what it came to."""
 
     cpu: float
-    """CPU time up to the text."""
+    """CPU time until the kernel has it all, without the kernel's."""
     wall: float
-    """Elapsed time up to the text."""
+    """Elapsed time of the same."""
     after: float
     """CPU time behind it: bookkeeping, status, and after the first sync a garbage collection."""
+    kernel: Applied
+    """What the kernel, and the library before it, took in this process; nothing in mode iptables."""
     stages: dict[str, float]
-    """CPU time up to the text, by stage."""
+    """CPU time of ``cpu`` by stage."""
     text: str
+    elements: int
+    """Elements written beside the text."""
 
 
 class MeasuredAgent:
     """An agent over files whose every step is measured; use inside ``stages.watching()``."""
 
     def __init__(self, path: Path, mode: str, stages: Stages) -> None:
-        self.port = TextPort()
         self.source = FileSource([path])
+        self._written = Written()
         self._stages = stages
         settings = ProxySettings(cluster_cidrs=(Prefix.parse(CLUSTER_CIDR),))
         self.agent = Agent(
             pipeline=Pipeline(NodeConfig(NODE, settings, mode)),
             source=self.source,
             host=BareHost(),
-            kernel=NodeKernel(NetfilterReconciler(self.port, OWNERSHIP)),
-            conntrack=None,
+            kernel=measured_kernel(mode, self._written),
             publish=lambda _status: None,
             status=Status(pid=os.getpid(), node=NODE, mode=mode),
         )
 
     def first(self) -> Work:
-        """Do the first full sync: from files to the whole text."""
+        """Do the first full sync: from files to the whole of it."""
         return self._measure(lambda: self.agent.start(self.source.load()))
 
     def follow(self) -> Work:
-        """Take in what has changed on disk since: from the changed file to the text of the change."""
+        """Take in what has changed on disk since: from the changed file to what is written for it."""
         return self._measure(self._follow)
-
-    def _start(self) -> None:
-        self.agent.start(self.source.load())
 
     def _follow(self) -> None:
         update = self.source.poll()
@@ -116,22 +100,26 @@ class MeasuredAgent:
         self.agent.sync()
 
     def _measure(self, step: Callable[[], object]) -> Work:
-        self._stages.clear()
-        self.port.texts.clear()
+        stages, written = self._stages, self._written
+        stages.clear()
+        written.clear()
         wall, cpu = time.perf_counter(), time.process_time()
         step()
         end = time.process_time()
         errors = [*self.agent.status.errors, *self.agent.status.object_errors]
         assert not errors, f"the agent complains: {errors[0]}"
-        assert self.port.texts, "no text came of it"
-        handed_wall, handed_cpu = self.port.handed
-        used = 1000 * (handed_cpu - cpu)
+        assert written.texts, "nothing came of it"
+        handed_wall, handed_cpu = stages.handed
+        kernel = Applied(stages.kernel_wall, stages.spent.get(KERNEL, 0.0))
+        used = 1000 * (handed_cpu - cpu) - kernel.cpu
         return Work(
             cpu=used,
-            wall=1000 * (handed_wall - wall),
+            wall=1000 * (handed_wall - wall) - kernel.wall,
             after=1000 * (end - handed_cpu),
-            stages=self._stages.split(used),
-            text="".join(self.port.texts.values()),
+            kernel=kernel,
+            stages=stages.split(used),
+            text="".join(written.texts),
+            elements=written.elements,
         )
 
     def close(self) -> None:

@@ -16,19 +16,18 @@ import logging
 import os
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Never, Protocol
 
 import msgspec
 
 from clusterstate.objects import Node
-from clusterstate.snapshot import Update
-from kernelstate.errors import KernelStateError
-from kernelstate.ports import ConntrackPort, SyncReport
+from clusterstate.snapshot import Name, Update
+from nodeplane.flows import FlowKeeper
 from nodeplane.kernel import NodeKernel
 from nodeplane.pipeline import Desired, HostFacts, Pipeline
 from nodeplane.status import PeerStatus, Status
-from proxy.conntrack import StaleFlows
+from proxy.health import HealthEndpoint, Places
 
 log = logging.getLogger("nodeplane.agent")
 
@@ -70,6 +69,13 @@ class Host(Protocol):
         """Drain that descriptor; whether something changed that concerns us. Never blocks."""
 
 
+class HealthPort(Protocol):
+    """The health check ports of Services."""
+
+    def set(self, endpoints: Mapping[Name, tuple[HealthEndpoint, ...]], places: Places) -> list[str]:
+        """Answer for exactly these from now on; return one line for each port that cannot be opened."""
+
+
 class Agent:
     """One node's agent. Everything it is given is used from the thread that calls ``start`` and ``run``, and only there."""
 
@@ -80,20 +86,21 @@ class Agent:
         source: Source,
         host: Host,
         kernel: NodeKernel,
-        conntrack: ConntrackPort | None,
+        flows: FlowKeeper | None = None,
+        health: HealthPort | None = None,
         publish: Callable[[Status], None],
         status: Status,
         watched: Sequence[int] = (),
     ) -> None:
         self.pipeline, self.source, self.host = pipeline, source, host
-        self.kernel, self.conntrack = kernel, conntrack
+        self.kernel, self.flows, self.health = kernel, flows, health
         self.publish, self.status = publish, status
         self.watched = tuple(watched)
         """Descriptors that become readable when a reconciler may have drifted."""
         self.desired: Desired | None = None
         self._update: Update | None = None
         self._facts = HostFacts()
-        self._stale = StaleFlows()
+        self._failing_since: float | None = None
         self._host_errors: tuple[str, ...] = ()
         self._last_end = 0.0
         self._next_verify = 0.0
@@ -115,7 +122,8 @@ class Agent:
         """Compile and render an update and hand the result to the reconcilers; writes nothing yet."""
         before, self._update = self.desired, update
         self.desired = desired = self.pipeline.update(update, self._facts)
-        self._stale.merge(desired.stale)
+        if self.flows is not None:
+            self.flows.take(desired.stale, time.monotonic())
         self.kernel.set_desired(desired)
         if before is None or before.peers != desired.peers or before.families != desired.families:
             self._host_errors = tuple(self.host.prepare(desired))
@@ -126,9 +134,9 @@ class Agent:
         if self._host_errors and self.desired is not None:
             self._host_errors = tuple(self.host.prepare(self.desired))
         reports = self.kernel.sync()
-        if all(r.ok for r in reports if r.part != "links"):
-            reports.append(self._flush_stale())
-        errors = (*self._host_errors, *(e for r in reports for e in r.errors))
+        if self.flows is not None and all(r.ok for r in reports if r.part != "links"):
+            reports.append(self.flows.sync(frozenset(self._facts.local_addresses), time.monotonic()))
+        errors = (*self._host_errors, *(e for r in reports for e in r.errors), *self._open_health_ports())
         written = [f"{r.changed} in {r.part}" for r in reports if r.changed]
         if written:
             log.info("changed %s, %.1f ms", ", ".join(written), 1000 * (time.perf_counter() - started))
@@ -137,23 +145,25 @@ class Agent:
             # A full look at a large ruleset takes seconds of CPU: never more than one part in VERIFY_SHARE of all time.
             self._next_verify = now + max(self.pipeline.config.sync_period, VERIFY_SHARE * (time.perf_counter() - started))
         self._retry_at = self._last_end + RETRY if errors else None
+        self._failing_since = (self._failing_since or now) if errors else None
         self._publish(errors)
         return not errors
 
-    def _flush_stale(self) -> SyncReport:
-        """Delete tracked UDP flows that lead to somebody who no longer serves; what fails is kept for the next round."""
-        if not self._stale or self.conntrack is None:
-            return SyncReport("conntrack")
-        deleted = 0
-        local = frozenset(self._facts.local_addresses)
-        try:
-            for family in sorted(self._stale.families):
-                stale = self._stale.select(self.conntrack.entries(family, "udp"), local)
-                deleted += self.conntrack.delete(stale) if stale else 0
-        except KernelStateError as error:
-            return SyncReport("conntrack", deleted, (str(error),))
-        self._stale = StaleFlows()
-        return SyncReport("conntrack", deleted)
+    def _open_health_ports(self) -> list[str]:
+        """Answer load balancers for exactly the Services that want it; return the ports that cannot be opened."""
+        if self.health is None or self.desired is None:
+            return []
+        return self.health.set(self.desired.health, self.desired.health_places)
+
+    def refuse(self, why: str) -> None:
+        """Say in the status why a new configuration was not taken."""
+        self.status = msgspec.structs.replace(self.status, refused=why, refused_at=time.time())
+        self.publish(self.status)
+
+    def is_healthy(self) -> bool:
+        """Whether Services are kept up to date: nothing has been failing for twice the sync period. Safe from any thread."""
+        since = self._failing_since
+        return since is None or time.monotonic() - since < 2 * self.pipeline.config.sync_period
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -216,11 +226,19 @@ class Agent:
         if now >= self._next_verify:
             self.kernel.forget()
             return True
+        if self._flows_due(now):
+            return True
         return drifted or bool(self.kernel.dirty)
+
+    def _flows_due(self, now: float) -> bool:
+        due = self.flows.next_due if self.flows is not None else None
+        return due is not None and now >= due
 
     def _seconds_until_due(self, waiting: bool) -> float:
         now = time.monotonic()
         deadlines = [now + DRIFT_CHECK, self._next_verify if self._retry_at is None else self._retry_at]
+        if self.flows is not None and self.flows.next_due is not None and self._retry_at is None:
+            deadlines.append(self.flows.next_due)
         if waiting:
             deadlines.append(self._last_end + self.pipeline.config.min_sync_period)
         return max(0.0, min(deadlines) - now)
@@ -252,6 +270,8 @@ class Agent:
             endpoints=self.pipeline.endpoints,
             chains=len(desired.ruleset.chains),
             rules=self.pipeline.rules,
+            elements=desired.services.elements,
+            servers=len(desired.services.servers),
             families=desired.families,
             peers=_peers(desired),
             pending=pending,

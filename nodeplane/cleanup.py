@@ -14,7 +14,7 @@ from kernelstate.ports import Reconciler
 from kernelstate.reconcile import NetfilterReconciler
 from kernelstate.reconcile_links import LinkReconciler
 from nodeplane.commands import Failed
-from nodeplane.host_kernel import VARIANTS
+from nodeplane.host_kernel import VARIANTS, other_modes
 from nodeplane.pipeline import OWNERSHIP
 from nodeplane.status import LOCK_FILE, STATUS_FILE, AlreadyRunningError, read_status, take_lock
 
@@ -57,4 +57,5 @@ def _reconcilers() -> Iterator[Reconciler]:
     for variant in VARIANTS:
         if is_available(variant):
             yield NetfilterReconciler(IptablesPort(variant), OWNERSHIP, families())
+    yield from other_modes("", None)
     yield LinkReconciler(LinuxLinks())

@@ -24,6 +24,8 @@ from kernelstate.linux.conntrack import Conntrack
 from nodeplane.agent import Agent
 from nodeplane.commands import Failed, Usage
 from nodeplane.config import ConfigError, NodeConfig, load_config
+from nodeplane.flows import FlowKeeper
+from nodeplane.health import HealthServers
 from nodeplane.host import LinuxHost
 from nodeplane.host_kernel import host_kernel
 from nodeplane.pipeline import Pipeline
@@ -76,16 +78,17 @@ def _follow(config: NodeConfig, source: FileSource, first: Update, args: argpars
         if set(caught) != {signal.SIGHUP}:
             return
         caught.clear()
-        _start_anew(args)
+        agent.refuse(_start_anew(args))
 
 
-def _start_anew(args: argparse.Namespace) -> None:
-    """Replace this process by one that reads the configuration again; returns only if that configuration is wrong."""
+def _start_anew(args: argparse.Namespace) -> str:  # noqa: RET503  (exec does not return)
+    """Replace this process by one that reads the configuration again; returns only if that cannot work, and says why."""
     try:
         config = load_config(args.config, args.node or "")
-    except ConfigError as error:
+        host_kernel(config, 0)
+    except (ConfigError, KernelStateError) as error:
         log.error("SIGHUP: %s: going on as before", error)  # noqa: TRY400 (one line for people, no traceback)
-        return
+        return str(error)
     log.info("SIGHUP: starting anew, Services in %s", config.mode)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # stays ignored over the exec until the new program listens
     sys.stderr.flush()
@@ -117,13 +120,15 @@ def build_agent(config: NodeConfig, source: FileSource, chains: int) -> Agent:
         started=time.time(),
         overlay=overlay.net_conf.backend.type if overlay else "",
     )
-    return Agent(
+    agent = Agent(
         pipeline=Pipeline(config),
         source=source,
         host=LinuxHost(config),
         kernel=host.kernel,
-        conntrack=Conntrack(),
+        flows=FlowKeeper(Conntrack(), config.services) if config.services else None,
         publish=write_status,
         status=status,
         watched=host.watched,
     )
+    agent.health = HealthServers(agent.is_healthy)
+    return agent

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Collection
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ from kernelstate.objects.address import Prefix
 from kernelstate.objects.netfilter import Protocol, Verdict
 from kernelstate.simulate import Packet, Simulator, Step
 from kernelstate.simulate import Path as WalkedPath
+from kernelstate.simulate_ipvs import IpvsSimulator
+from kernelstate.simulate_nftables import NftablesSimulator
 from nodeplane.commands import Failed, Usage
 from nodeplane.objects_input import NodeView, read_view
 from overlay.oracle import path_of
+from proxy.modes import TRAITS
 from proxy.oracle import Flow, Judgement, Oracle, Outcome, parse_backend, print_backend
 from proxy.render.iptables import NODE_PORTS
 
@@ -59,8 +63,9 @@ class Explainer:
         self.local = frozenset(_address(p) for p in view.facts.local_addresses)
         settings = view.config.services
         node = view.pipeline.compiler.node
-        self.oracle = Oracle(view.pipeline.compiler.table, settings, node, self.local) if settings else None
-        self.simulator = Simulator(view.desired.ruleset, self.local)
+        traits = TRAITS[view.config.mode]
+        self.oracle = Oracle(view.pipeline.compiler.table, settings, node, self.local, traits) if settings else None
+        self.simulator = simulator_of(view, self.local)
         self.pods = {ip: pod for pod in view.snapshot.pods.values() if not pod.host_network for ip in pod.ips}
 
     def answer(self, question: Question) -> dict[str, Any]:
@@ -129,6 +134,18 @@ class Explainer:
         if self.view.snapshot.policies:
             because.append(f"{len(self.view.snapshot.policies)} NetworkPolicies are among the objects; none is enforced")
         return {"egress": "none", "ingress": "none", "allowed": True, "because": because}
+
+
+def simulator_of(view: NodeView, local: Collection[IPAddress]) -> Simulator:
+    """Return what walks packets over the rendered state of the view's mode."""
+    services = view.desired.services
+    match view.config.mode:
+        case "nftables":
+            return NftablesSimulator(services.tables, local)
+        case "ipvs":
+            return IpvsSimulator(view.desired.ruleset, services.sets, services.servers, services.addresses, local)
+        case _:
+            return Simulator(view.desired.ruleset, local)
 
 
 def run(args: argparse.Namespace) -> int:

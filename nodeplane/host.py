@@ -15,6 +15,7 @@ from kernelstate.linux.uplink import uplink_facts
 from nodeplane.config import NodeConfig
 from nodeplane.pipeline import Desired, HostFacts
 from overlay.subnet_env import print_subnet_env
+from proxy.render.ipvs_program import LINK
 
 
 class LinuxHost:
@@ -25,8 +26,8 @@ class LinuxHost:
         self.events = LinkEvents()
 
     def facts(self, node: Node | None) -> HostFacts:
-        """Return addresses and uplink as they are now; loopback's own are left out."""
-        own = tuple(sorted({p for link, p in Addresses().local_addresses() if link != "lo"}))
+        """Return addresses and uplink as they are now; loopback's own and those held for Services are left out."""
+        own = tuple(sorted({p for link, p in Addresses().local_addresses() if link not in {"lo", LINK}}))
         uplink = None
         if self.config.overlay is not None:
             uplink = uplink_facts(self.config.overlay.iface, [a.ip for a in node.addresses] if node else [])
@@ -58,7 +59,7 @@ class LinuxHost:
         return errors
 
     def _sysctls(self, desired: Desired) -> list[tuple[str, str]]:
-        wanted = []
+        wanted = list(desired.services.sysctls)
         if 4 in desired.families:
             wanted.append(("net/ipv4/ip_forward", "1"))
         if 6 in desired.families:

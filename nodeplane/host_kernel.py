@@ -1,23 +1,31 @@
 """The reconcilers of this machine, chosen by mode and by what its kernel has. Impure by purpose, and small.
 
-What only other modes use is handed over as retired: it is emptied once this mode is in place.
+What only other modes use is handed over as retired: it is emptied once this mode is in place. Modules of a mode are imported
+where it is used: an agent carries no other mode's code.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from kernelstate.diff_ipvs import IpvsOwnership
+from kernelstate.errors import MissingFeatureError
+from kernelstate.features import Feature
+from kernelstate.linux.addresses import Addresses
 from kernelstate.linux.iptables import IptablesPort, Variant, choose_variant, families, is_available
 from kernelstate.linux.links import LinuxLinks
+from kernelstate.ownership import Ownership
 from kernelstate.ports import Reconciler
 from kernelstate.reconcile import NetfilterReconciler
 from kernelstate.reconcile_links import LinkReconciler
 from nodeplane.config import NodeConfig
-from nodeplane.kernel import NodeKernel
+from nodeplane.kernel import IpvsParts, NodeKernel
 from nodeplane.pipeline import OWNERSHIP
+from proxy.render.ipvs_program import LINK
+from proxy.settings import ProxySettings
 
 if TYPE_CHECKING:
     from kernelstate.reconcile_nftables import NftablesReconciler
@@ -44,12 +52,17 @@ def host_kernel(config: NodeConfig, chains: int) -> HostKernel:
     links = LinuxLinks() if config.overlay else None
     nftables = _nftables() if config.mode == "nftables" else None
     watched = [part.fileno() for part in (links, nftables) if part is not None]
+    ipvs = None
+    if config.mode == "ipvs":
+        ipvs, descriptor = _ipvs(config.services or ProxySettings())
+        watched.append(descriptor)
     kernel = NodeKernel(
         NetfilterReconciler(IptablesPort(variant), OWNERSHIP),
         links=LinkReconciler(links) if links else None,
         nftables=nftables,
+        ipvs=ipvs,
         families=families(),
-        retired=_retired(config.mode, variant),
+        retired=[*_other_variants(variant), *other_modes(config.mode, config.services)],
     )
     return HostKernel(kernel, variant, reason, tuple(watched))
 
@@ -60,18 +73,77 @@ def _variant(config: NodeConfig, chains: int) -> tuple[Variant, str]:
     return choose_variant(chains if config.mode == "iptables" else 0)
 
 
-def _retired(mode: str, variant: Variant) -> list[Reconciler]:
-    """Return the parts that this mode does not use and another may have left."""
-    others: list[Reconciler] = [
-        NetfilterReconciler(IptablesPort(v), OWNERSHIP, families()) for v in VARIANTS if v != variant and is_available(v)
-    ]
-    if mode != "nftables" and find_spec("kernelstate.reconcile_nftables"):
-        others.append(_nftables())
-    return others
+def _other_variants(variant: Variant) -> list[Reconciler]:
+    found = [v for v in VARIANTS if v != variant and is_available(v)]
+    return [NetfilterReconciler(IptablesPort(v), OWNERSHIP, families()) for v in found]
+
+
+def other_modes(mode: str, settings: ProxySettings | None) -> list[Reconciler]:
+    """Return the parts besides rules that ``mode`` does not use and another may have left; "" for all of them."""
+    found: list[Reconciler] = []
+    if mode != "nftables":
+        found.append(_nftables())
+    if mode != "ipvs":
+        found += _leftovers_of_ipvs(settings)
+    return found
 
 
 def _nftables() -> NftablesReconciler:
-    from kernelstate.linux.nftables import NftablesPort
-    from kernelstate.reconcile_nftables import NftablesReconciler
+    from kernelstate.linux.nftables import NftablesPort  # noqa: PLC0415
+    from kernelstate.reconcile_nftables import NftablesReconciler  # noqa: PLC0415
 
     return NftablesReconciler(NftablesPort())
+
+
+def _ipvs(settings: ProxySettings) -> tuple[IpvsParts, int]:
+    """Return the parts of mode ``ipvs``, and the descriptor of address events. Raises MissingFeatureError."""
+    from kernelstate.linux.ipset import LinuxIpset, has_ipset  # noqa: PLC0415
+    from kernelstate.linux.ipvs import LinuxIpvs  # noqa: PLC0415
+    from kernelstate.linux.service_addresses import LinuxServiceAddresses  # noqa: PLC0415
+    from kernelstate.reconcile_addresses import AddressReconciler  # noqa: PLC0415
+    from kernelstate.reconcile_ipvs import IpvsReconciler  # noqa: PLC0415
+    from kernelstate.reconcile_sets import IpsetReconciler  # noqa: PLC0415
+
+    servers = LinuxIpvs()
+    if not has_ipset():
+        raise MissingFeatureError(Feature.IPSET)
+    servers.set_timeouts(*settings.ipvs_timeouts)
+    link = LinuxServiceAddresses(LINK)
+    addresses = AddressReconciler(link)
+    fates = {"keep": None, "drain": float(settings.drain_seconds), "reset": 0.0}
+    parts = IpvsParts(
+        IpsetReconciler(LinuxIpset(), _set_ownership()),
+        IpvsReconciler(servers, addresses.addresses, drain_seconds=fates[settings.flows_to_removed]),
+        addresses,
+    )
+    return parts, link.fileno()
+
+
+def _leftovers_of_ipvs(settings: ProxySettings | None) -> list[Reconciler]:
+    """Return what empties virtual servers, sets and the link; asks nothing that would make the kernel load IPVS."""
+    from kernelstate.linux.ipset import LinuxIpset, has_ipset  # noqa: PLC0415
+    from kernelstate.linux.service_addresses import LinuxServiceAddresses  # noqa: PLC0415
+    from kernelstate.reconcile_addresses import AddressReconciler  # noqa: PLC0415
+    from kernelstate.reconcile_sets import IpsetReconciler  # noqa: PLC0415
+
+    addresses = AddressReconciler(LinuxServiceAddresses(LINK))
+    found: list[Reconciler] = []
+    if Path("/proc/thread-self/net/ip_vs").exists():
+        from kernelstate.linux.ipvs import LinuxIpvs  # noqa: PLC0415
+        from kernelstate.reconcile_ipvs import IpvsReconciler  # noqa: PLC0415
+
+        servers = IpvsReconciler(LinuxIpvs(), addresses.addresses)
+        own = frozenset(p for link, p in Addresses().local_addresses() if link not in {"lo", LINK})
+        servers.set_desired({}, None, IpvsOwnership(own, excluded=settings.exclude_cidrs if settings else ()))
+        found.append(servers)
+    found.append(addresses)
+    if has_ipset():
+        found.append(IpsetReconciler(LinuxIpset(), _set_ownership()))
+    return found
+
+
+def _set_ownership() -> Ownership:
+    from kernelstate.diff_sets import TEMPORARY  # noqa: PLC0415
+    from proxy.render.ipvs import SET_TYPES, set_name  # noqa: PLC0415
+
+    return Ownership(frozenset(set_name(n, f) for n in SET_TYPES for f in (4, 6)), (TEMPORARY,))

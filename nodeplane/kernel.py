@@ -4,6 +4,7 @@ Whoever is asked first must be there first: tables and servers before the rules 
 
     mode iptables    links, packet filter
     mode nftables    links, nftables, packet filter
+    mode ipvs        links, sets, virtual servers, addresses of kube-ipvs0, packet filter
 
 ``retired`` are the parts that only other modes use. They are emptied once this mode is in place, so that a node which changes
 its mode answers all the time, and nothing of the old mode is left.
@@ -12,17 +13,36 @@ its mode answers all the time, and nothing of the old mode is left.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from kernelstate.diff_ipvs import IpvsOwnership
 from kernelstate.errors import KernelStateError
 from kernelstate.objects.address import Family
 from kernelstate.ports import Reconciler, SyncReport
 from kernelstate.reconcile import NetfilterReconciler
 from kernelstate.reconcile_links import LinkReconciler
 from nodeplane.pipeline import Desired
+from nodeplane.service_programs import ServiceChange, ServiceState
 
 if TYPE_CHECKING:
+    from kernelstate.reconcile_addresses import AddressReconciler
+    from kernelstate.reconcile_ipvs import IpvsReconciler
     from kernelstate.reconcile_nftables import NftablesReconciler
+    from kernelstate.reconcile_sets import IpsetReconciler
+
+
+class IpvsParts(NamedTuple):
+    """What mode ``ipvs`` needs besides rules."""
+
+    sets: IpsetReconciler
+    servers: IpvsReconciler
+    addresses: AddressReconciler
+
+    def set_desired(self, services: ServiceState, change: ServiceChange | None, ownership: IpvsOwnership) -> None:
+        """Tell each what should exist."""
+        self.sets.set_desired(services.sets, None if change is None else change.sets)
+        self.servers.set_desired(services.servers, None if change is None else change.servers, ownership)
+        self.addresses.set_desired(services.addresses, None if change is None else change.addresses)
 
 
 class NodeKernel:
@@ -34,10 +54,11 @@ class NodeKernel:
         *,
         links: LinkReconciler | None = None,
         nftables: NftablesReconciler | None = None,
+        ipvs: IpvsParts | None = None,
         families: Sequence[Family] = (4, 6),
         retired: Sequence[Reconciler] = (),
     ) -> None:
-        self.netfilter, self.links, self.nftables = netfilter, links, nftables
+        self.netfilter, self.links, self.nftables, self.ipvs = netfilter, links, nftables, ipvs
         self.families = tuple(families)
         """The families whose packet filter this kernel has."""
         self.retired = list(retired)
@@ -45,7 +66,7 @@ class NodeKernel:
     @property
     def parts(self) -> list[Reconciler]:
         """The parts in the order in which they are written."""
-        found: list[Reconciler | None] = [self.links, self.nftables, self.netfilter]
+        found: list[Reconciler | None] = [self.links, self.nftables, *(self.ipvs or ()), self.netfilter]
         return [part for part in found if part is not None]
 
     def set_desired(self, desired: Desired) -> None:
@@ -56,6 +77,8 @@ class NodeKernel:
         change = desired.service_change
         if self.nftables is not None:
             self.nftables.set_desired(desired.services.tables, change.tables if change else None)
+        if self.ipvs is not None:
+            self.ipvs.set_desired(desired.services, change, desired.ipvs_ownership)
         if self.links is not None and desired.links is not None:
             self.links.set_desired(desired.links)
 
@@ -90,7 +113,7 @@ class NodeKernel:
         return any(answers)
 
     def forget(self) -> None:
-        """Trust no memory of what only a full look shows: the next sync observes the packet filter and the tables."""
-        self.netfilter.forget()
-        if self.nftables is not None:
-            self.nftables.forget()
+        """Trust no memory of what only a full look shows: the next sync observes rules, tables, servers."""
+        for part in (self.netfilter, self.nftables, *(self.ipvs or ())):
+            if part is not None:
+                part.forget()

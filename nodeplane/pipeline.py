@@ -11,12 +11,13 @@ what the host contributes comes in as ``HostFacts``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
 from clusterstate.objects import Node
 from clusterstate.snapshot import Name, Snapshot, Update
+from kernelstate.diff_ipvs import IpvsOwnership
 from kernelstate.objects.address import Family, Prefix
 from kernelstate.objects.links import LinkState
 from kernelstate.objects.netfilter import Anchor, ChainKey, Rule, Ruleset
@@ -31,16 +32,18 @@ from overlay.render.vxlan import render_vxlan
 from overlay.table import PeerTable, Uplink
 from proxy.compile import BALANCE, ServiceCompiler
 from proxy.conntrack import StaleFlows
+from proxy.health import HealthEndpoint, Places, health_places, service_health
 from proxy.modes import TRAITS
 from proxy.render.iptables_program import CHAIN_NAMES, CHAIN_PREFIXES
+from proxy.render.ipvs_rules import CHAIN_NAMES as IPVS_CHAINS
 from proxy.settings import NodeFacts, ProxySettings
 from proxy.table import ServiceEntry
 
 OWNERSHIP = Ownership(
-    names=frozenset((*CHAIN_NAMES, *OVERLAY_CHAINS)),
+    names=frozenset((*CHAIN_NAMES, *IPVS_CHAINS, *OVERLAY_CHAINS)),
     prefixes=CHAIN_PREFIXES,
 )
-"""Which chains of the packet filter are ours."""
+"""Which chains of the packet filter are ours, in whatever mode they were written."""
 
 _OVERLAY_RENDERERS: dict[str, Callable[[PeerTable], LinkState]] = {"vxlan": render_vxlan, "host-gw": render_hostgw}
 
@@ -69,6 +72,12 @@ class Desired(msgspec.Struct, frozen=True):
     peers: PeerTable | None
     stale: StaleFlows
     problems: tuple[str, ...]
+    ipvs_ownership: IpvsOwnership = IpvsOwnership()
+    """Which virtual servers are ours."""
+    health: Mapping[Name, tuple[HealthEndpoint, ...]] = {}
+    """What is answered on the health check ports of Services."""
+    health_places: Places = {}
+    """Where those ports are open."""
 
 
 class Pipeline:
@@ -86,6 +95,7 @@ class Pipeline:
         self._chains: dict[ChainKey, tuple[Rule, ...]] = {}
         self._masquerade = Ruleset({})
         self._consistent: set[Name] = set()
+        self._health: dict[Name, tuple[HealthEndpoint, ...]] = {}
         self._service_families: Counter[Family] = Counter()
         self._overlay_input: object = None
         self._links: LinkState | None = None
@@ -93,7 +103,7 @@ class Pipeline:
 
     def update(self, update: Update, facts: HostFacts) -> Desired:
         """Take in a snapshot and say what the kernel should hold."""
-        stale = StaleFlows()
+        stale = StaleFlows(self.compiler.tracked)
         node = node_facts(self.config.node_name, update.snapshot, facts)
         change: ServiceChange | None = ServiceChange()
         if self.settings is not None:
@@ -116,6 +126,9 @@ class Pipeline:
             peers=self.peers,
             stale=stale,
             problems=self._problems(update.snapshot),
+            ipvs_ownership=ipvs_ownership(self.settings, facts),
+            health=self._health,
+            health_places=health_places(self.settings, node, families) if self.settings and self._health else {},
         )
 
     @property
@@ -133,6 +146,7 @@ class Pipeline:
             self.compiler.node = node
             names = None
         changed = self.compiler.update(update.snapshot, names)
+        self._update_health(update.snapshot, names)
         entries, in_use = self.compiler.entries, self._service_families
         for name, before in changed.items():
             after = entries.get(name, ())
@@ -151,6 +165,16 @@ class Pipeline:
             self.program.update(entries, None)
             return None
         return self.program.update(entries, changed)
+
+    def _update_health(self, snapshot: Snapshot, names: Iterable[Name] | None) -> None:
+        """Count the ready endpoints here of Services that a load balancer asks after."""
+        for name in (*self._health, *snapshot.services) if names is None else names:
+            service = snapshot.services.get(name)
+            found = service_health(service, snapshot.slices_of(name), self.config.node_name) if service else ()
+            if found:
+                self._health[name] = found
+            else:
+                self._health.pop(name, None)
 
     def _note_consistent(self, name: Name, entries: tuple[ServiceEntry, ...]) -> None:
         if entries and entries[0].consistent:
@@ -228,6 +252,11 @@ class Pipeline:
             f"Service {ns}/{name}: metadata.annotations: {BALANCE}: consistent-hash cannot be had in mode {self.config.mode}"
             for ns, name in sorted(self._consistent)
         ]
+
+
+def ipvs_ownership(settings: ProxySettings | None, facts: HostFacts) -> IpvsOwnership:
+    """Return how virtual servers of ours are told from those of others."""
+    return IpvsOwnership(frozenset(facts.local_addresses), excluded=settings.exclude_cidrs if settings else ())
 
 
 def tracked_protocols(settings: ProxySettings | None) -> frozenset[str]:

@@ -6,10 +6,16 @@ import argparse
 import sys
 
 from kernelstate.objects.address import Family
-from kernelstate.text.ip_batch import print_links
+from kernelstate.objects.nftables import TableKey
+from kernelstate.text.ip_batch import print_links, print_service_link
+from kernelstate.text.ipset_save import print_sets
 from kernelstate.text.iptables_save import print_ruleset
+from kernelstate.text.ipvsadm import print_servers
+from kernelstate.text.nft import print_table
 from nodeplane.commands import Usage
 from nodeplane.objects_input import NodeView, read_view
+from proxy.render.ipvs_program import LINK
+from proxy.render.nftables import TABLE
 
 _TOOLS: dict[int, str] = {4: "iptables-restore --noflush", 6: "ip6tables-restore --noflush"}
 
@@ -28,11 +34,36 @@ def run(args: argparse.Namespace) -> int:
 
 
 def render_services_text(view: NodeView, families: tuple[Family, ...]) -> str:
-    """Return the packet filter's rules as restore input; with two families, two texts, each headed by its tool."""
-    texts = [print_ruleset(view.desired.ruleset, family) for family in families]
-    if len(texts) == 1:
-        return texts[0]
-    return "".join(f"# {_TOOLS[f]}\n{text}" for f, text in zip(families, texts, strict=True))
+    """Return what Services become, as input for the mode's own tools; several texts are each headed by their tool."""
+    match view.config.mode:
+        case "nftables":
+            tables = view.desired.services.tables
+            return "".join(print_table(TableKey(f, TABLE), tables[f]) for f in families if f in tables)
+        case "ipvs":
+            return _sections([*_ipvs_texts(view, families), *_rules_texts(view, families)])
+        case _:
+            texts = _rules_texts(view, families)
+            return texts[0][1] if len(texts) == 1 else _sections(texts)
+
+
+def _rules_texts(view: NodeView, families: tuple[Family, ...]) -> list[tuple[str, str]]:
+    return [(_TOOLS[f], print_ruleset(view.desired.ruleset, f)) for f in families]
+
+
+def _ipvs_texts(view: NodeView, families: tuple[Family, ...]) -> list[tuple[str, str]]:
+    services = view.desired.services
+    sets = {name: one for name, one in services.sets.items() if one.spec.family in families}
+    servers = {key: one for key, one in services.servers.items() if key.family in families}
+    held = sorted(p for p in services.addresses if p.family in families)
+    return [
+        ("ipset restore", print_sets(sets)),
+        ("ipvsadm -R", print_servers(servers)),
+        ("ip -batch -", print_service_link(LINK, held)),
+    ]
+
+
+def _sections(texts: list[tuple[str, str]]) -> str:
+    return "".join(f"# {tool}\n{text}" for tool, text in texts)
 
 
 def render_overlay_text(view: NodeView) -> str:

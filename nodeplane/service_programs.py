@@ -12,14 +12,17 @@ reconcilers. A change names what may differ, so that nobody compares ten thousan
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 import msgspec
 
 from clusterstate.snapshot import Name
-from kernelstate.objects.address import Family
+from kernelstate.objects.address import Family, Prefix
+from kernelstate.objects.ipvs import IpvsState, ServerKey
 from kernelstate.objects.netfilter import Anchor, ChainKey, Rule
 from kernelstate.objects.nftables import Table, TableChange
+from kernelstate.objects.sets import IpSet, IpSets
 from proxy.render.iptables_program import IptablesProgram
 from proxy.settings import NodeFacts, ProxySettings
 from proxy.table import ServiceEntry
@@ -33,6 +36,16 @@ class ServiceState(msgspec.Struct, frozen=True):
     chains: dict[ChainKey, tuple[Rule, ...]] = {}
     anchors: tuple[Anchor, ...] = ()
     tables: dict[Family, Table] = {}
+    servers: IpvsState = {}
+    sets: IpSets = {}
+    addresses: AbstractSet[Prefix] = frozenset()
+    """What the node itself holds for Services, as host prefixes."""
+    sysctls: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def elements(self) -> int:
+        """How many elements the tables hold."""
+        return sum(len(held) for table in self.tables.values() for held in table.elements.values())
 
 
 class ServiceChange(msgspec.Struct, frozen=True):
@@ -40,6 +53,9 @@ class ServiceChange(msgspec.Struct, frozen=True):
 
     chains: frozenset[ChainKey] = frozenset()
     tables: dict[Family, TableChange] = {}
+    servers: frozenset[ServerKey] = frozenset()
+    sets: frozenset[str] = frozenset()
+    addresses: frozenset[Prefix] = frozenset()
 
 
 class ServiceProgram(Protocol):
@@ -122,8 +138,66 @@ class NftablesServices:
         return ServiceChange(tables=self._program.update(entries, names))
 
 
+class IpvsServices:
+    """Mode ``ipvs``."""
+
+    def __init__(self, settings: ProxySettings, node: NodeFacts, families: Iterable[Family]) -> None:
+        from proxy.render.ipvs import SET_TYPES, set_spec  # noqa: PLC0415 (only where the mode asks for it)
+        from proxy.render.ipvs_program import IpvsProgram  # noqa: PLC0415
+
+        self.node = node
+        self.families = tuple(families)
+        self._program = IpvsProgram(settings, node, self.families)
+        specs = [set_spec(name, family) for family in self.families for name in SET_TYPES]
+        self._specs = {spec.name: spec for spec in specs}
+        self._sets: IpSets = {}
+        self._addresses: set[Prefix] = set()
+
+    @property
+    def endpoints(self) -> int:
+        """See ``ServiceProgram``."""
+        return self._program.endpoints
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """See ``ServiceProgram``."""
+        return self._program.problems
+
+    @property
+    def state(self) -> ServiceState:
+        """See ``ServiceProgram``."""
+        program = self._program
+        return ServiceState(
+            program.chains,
+            program.anchors,
+            servers=program.servers,
+            sets=self._sets,
+            addresses=self._addresses,
+            sysctls=program.sysctls,
+        )
+
+    def update(self, entries: Entries, names: Iterable[Name] | None) -> ServiceChange:
+        """See ``ServiceProgram``. Sets are values: those that changed are made again, the others stay the same objects."""
+        change = self._program.update(entries, names)
+        for name, moved in change.sets.items():
+            members = (self._sets[name].members if name in self._sets else frozenset()) - moved.removed | moved.added
+            if members:
+                self._sets[name] = IpSet(self._specs[name], members)
+            else:
+                del self._sets[name]
+        self._addresses -= change.removed_addresses
+        self._addresses |= change.added_addresses
+        return ServiceChange(
+            change.chains,
+            servers=change.servers,
+            sets=frozenset(change.sets),
+            addresses=change.added_addresses | change.removed_addresses,
+        )
+
+
 PROGRAMS: dict[str, Callable[[ProxySettings, NodeFacts, tuple[Family, ...]], ServiceProgram]] = {
     "iptables": IptablesServices,
+    "ipvs": IpvsServices,
     "nftables": NftablesServices,
 }
 """The program of each mode."""

@@ -47,9 +47,16 @@ class Status(msgspec.Struct, frozen=True):
     endpoints: int = 0
     chains: int = 0
     rules: int = 0
+    elements: int = 0
+    """Of nftables' sets and maps."""
+    servers: int = 0
+    """Virtual servers of IPVS."""
     families: tuple[int, ...] = ()
     overlay: str = ""
     peers: tuple[PeerStatus, ...] = ()
+    refused: str = ""
+    """Why the last new configuration was not taken; empty if there was none, or it was."""
+    refused_at: float = 0.0
     pending: tuple[str, ...] = ()
     """Parts that differ from what is desired."""
     errors: tuple[str, ...] = ()
@@ -102,6 +109,13 @@ def is_running(path: Path = LOCK_FILE) -> bool:
     return False
 
 
+def _written(status: Status) -> str:
+    """Say what Services have become in the kernel, most important first."""
+    parts = [f"{status.servers} virtual servers"] if status.servers else []
+    parts += [f"{status.elements} elements of nftables maps and sets"] if status.elements else []
+    return ", ".join([*parts, f"{status.rules} iptables rules in {status.chains} chains"])
+
+
 def status_lines(status: Status, *, running: bool) -> list[str]:
     """Return the status as a person reads it."""
     variant = f" (iptables-{status.iptables_variant}: {status.iptables_reason})" if status.iptables_variant else ""
@@ -109,13 +123,14 @@ def status_lines(status: Status, *, running: bool) -> list[str]:
     lines = [
         f"node      {status.node}, agent {f'pid {status.pid}' if running else 'NOT RUNNING (the kernel goes on forwarding)'}",
         f"services  {status.mode}{variant}",
-        f"          {status.services} Services, {status.endpoints} endpoints: {status.rules} rules in {status.chains} chains",
+        f"          {status.services} Services, {status.endpoints} endpoints: {_written(status)}",
         f"state     {state}, last written {time.time() - status.last_sync:.0f} s ago",
     ]
     if status.overlay:
         lines.append(f"overlay   {status.overlay}, {len(status.peers)} peers")
         lines += [f"          {p.node}: {', '.join(p.pod_cidrs)} at {p.public_ip}, {p.reach} ({p.why})" for p in status.peers]
     for title, items in (
+        ("refused", (status.refused,) if status.refused else ()),
         ("pending", status.pending),
         ("errors", status.errors),
         ("left out", status.object_errors),

@@ -6,6 +6,9 @@ the underlay link in it, the text makes exactly the state it was printed from. S
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from kernelstate.objects.address import Prefix
 from kernelstate.objects.links import LinkState
 
 IP_HEADER = "# ip -batch -"
@@ -27,3 +30,10 @@ def print_links(state: LinkState) -> str:
     bridge = [f"fdb replace {e}" for e in state.fdb]
     sections = [(IP_HEADER, ip), (BRIDGE_HEADER, bridge)]
     return "".join(f"{header}\n" + "".join(f"{line}\n" for line in lines) for header, lines in sections if lines)
+
+
+def print_service_link(name: str, addresses: Iterable[Prefix]) -> str:
+    """Return the lines for a dummy link that holds host addresses, for ``ip -batch`` alone."""
+    lines = [f"link add name {name} type dummy"]
+    lines += [f"address replace {a}{' nodad' if a.family == 6 else ''} dev {name}" for a in addresses]
+    return "".join(f"{line}\n" for line in lines)

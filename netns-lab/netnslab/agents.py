@@ -74,21 +74,23 @@ def write_config(state: LabState, node: str) -> None:
 def reload(state: LabState, nodes: Sequence[str], timeout: float) -> None:
     """Let running agents read their configuration again; returns once each has started anew and is in sync.
 
-    Raises LabError when one does not run, or is late.
+    Raises LabError when one does not run, is late, or does not take it.
     """
-    before = {}
+    before: dict[str, Status] = {}
     for node in nodes:
         status, alive = agent_status(state, node)
         if status is None or not alive:
             raise LabError(f"the agent of {node} is not running")
-        before[node] = status.started
+        before[node] = status
         os.kill(status.pid, signal.SIGHUP)
     end = time.monotonic() + timeout
     for node in nodes:
         while True:
             status, alive = agent_status(state, node)
-            if alive and status is not None and status.started != before[node] and status.synced:
+            if alive and status is not None and status.started != before[node].started and status.synced:
                 break
+            if status is not None and status.refused_at > before[node].refused_at:
+                raise LabError(f"{node} goes on as before: {status.refused}")
             if time.monotonic() > end:
                 raise LabError(f"{node} has not started anew after {timeout:g} s: {log_tail(state, node)}")
             time.sleep(POLL)  # bounded; see ``await_sync``

@@ -152,12 +152,21 @@ def switch(name: str, mode: str, nodes: Iterable[str], *, timeout: float = SYNC_
             if node not in known:
                 raise LabInputError(f"--node: lab {name!r} has no node {node!r}; there are {', '.join(known)}")
             agents.node_config(state.topology, node, mode)
-        state.modes |= dict.fromkeys(wanted, mode)
-        state.save()
-        for node in wanted:
-            agents.write_config(state, node)
-        agents.reload(state, wanted, timeout)
+        before, state.modes = state.modes, state.modes | dict.fromkeys(wanted, mode)
+        _write_configs(state, wanted)
+        try:
+            agents.reload(state, wanted, timeout)
+        except LabError:
+            state.modes = before  # so that an agent that starts again does what the others do
+            _write_configs(state, wanted)
+            raise
         return wanted
+
+
+def _write_configs(state: LabState, nodes: Iterable[str]) -> None:
+    state.save()
+    for node in nodes:
+        agents.write_config(state, node)
 
 
 def _with_it(ref: ObjectRef, given: Given, nodes: Mapping[str, str]) -> list[ObjectRef]:

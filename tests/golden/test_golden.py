@@ -1,8 +1,8 @@
 """Golden scenarios: a cluster goes in, native text comes out; the diff of a golden file is the review.
 
 Each folder holds ``cluster.yaml``, sometimes ``config.yaml``, and what ``nodeplane render`` prints for node n1:
-``iptables.txt`` (both families where there are two) and, with an overlay in the configuration, ``overlay.txt``.
-``make golden`` writes them again.
+``iptables.txt``, ``ipvs.txt`` and ``nftables.txt``, one a mode (both families where there are two), and, with an overlay in the
+configuration, ``overlay.txt``. ``make golden`` writes them again.
 """
 
 import os
@@ -14,7 +14,7 @@ from nodeplane.__main__ import main
 
 HERE = Path(__file__).parent
 SCENARIOS = sorted(p.parent.name for p in HERE.glob("*/cluster.yaml"))
-PARTS = {"iptables.txt": "services", "overlay.txt": "overlay"}
+MODES = ("iptables", "ipvs", "nftables")
 WRITE = os.environ.get("GOLDEN") == "write"
 
 
@@ -22,7 +22,7 @@ def expected_files(folder):
     """Return what a scenario must hold."""
     config = folder / "config.yaml"
     has_overlay = config.exists() and "overlay:" in config.read_text()
-    return ["iptables.txt", "overlay.txt"] if has_overlay else ["iptables.txt"]
+    return [f"{mode}.txt" for mode in MODES] + (["overlay.txt"] if has_overlay else [])
 
 
 CASES = [(s, f) for s in SCENARIOS for f in expected_files(HERE / s)]
@@ -32,7 +32,9 @@ CASES = [(s, f) for s in SCENARIOS for f in expected_files(HERE / s)]
 def test_golden(scenario, name, capsys):
     """Rendering the scenario gives exactly the golden text."""
     folder = HERE / scenario
-    arguments = ["render", "--objects", str(folder / "cluster.yaml"), "--node", "n1", "--part", PARTS[name]]
+    what = name.removesuffix(".txt")
+    asked = ["--mode", what] if what in MODES else ["--part", what]
+    arguments = ["render", "--objects", str(folder / "cluster.yaml"), "--node", "n1", *asked]
     if (folder / "config.yaml").exists():
         arguments += ["--config", str(folder / "config.yaml")]
     assert main(arguments) == 0

@@ -16,6 +16,7 @@ from kernelstate.ports import ConntrackEntry
 from kernelstate.reconcile import NetfilterReconciler
 from nodeplane.agent import Agent
 from nodeplane.config import parse_config
+from nodeplane.flows import FlowKeeper
 from nodeplane.kernel import NodeKernel
 from nodeplane.pipeline import OWNERSHIP, HostFacts, Pipeline
 from nodeplane.status import Status
@@ -148,7 +149,7 @@ def make():
             source=source,
             host=host,
             kernel=NodeKernel(NetfilterReconciler(netfilter, OWNERSHIP)),
-            conntrack=flows,
+            flows=FlowKeeper(flows, config.services) if flows else None,
             publish=published.append,
             status=Status(pid=1, node="n1", mode="iptables"),
         )

@@ -1,0 +1,106 @@
+"""An agent as a process of its own that starts in milliseconds: forked from the test, run in a namespace, killed at will."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import msgspec
+
+from clusterstate.sources.files import FileSource
+from kernelstate.linux import netns
+from kernelstate.linux.conntrack import Conntrack
+from nodeplane.agent import Agent
+from nodeplane.config import parse_config
+from nodeplane.flows import FlowKeeper
+from nodeplane.host import LinuxHost
+from nodeplane.host_kernel import host_kernel
+from nodeplane.pipeline import Pipeline
+from nodeplane.status import Status, read_status, write_status
+
+SECONDS = 60.0
+
+
+class ForkedAgent:
+    """The agent of one node; ``start`` and ``kill`` as often as one likes."""
+
+    def __init__(self, space: str, objects: Path, status: Path, services: dict) -> None:
+        self.space, self.objects, self.status = space, objects, status
+        self.config = parse_config(
+            {
+                "apiVersion": "nodeplane.dev/v1alpha1",
+                "kind": "NodeConfiguration",
+                "nodeName": "n1",
+                "services": {
+                    "clusterCIDR": "10.244.0.0/16,fd00:244::/32",
+                    **{mode: {"minSyncPeriod": "1ms"} for mode in ("iptables", "ipvs", "nftables")},
+                    **services,
+                },
+            }
+        )
+        self.pid = 0
+
+    def start(self) -> None:
+        """Start it; it follows the objects from now on."""
+        assert not self.pid
+        self.pid = os.fork()
+        if self.pid:
+            return
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            with netns.inside(self.space):
+                self._live()
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(1)
+
+    def _live(self) -> None:
+        source = FileSource([self.objects])
+        host = host_kernel(self.config, 0)
+        agent = Agent(
+            pipeline=Pipeline(self.config),
+            source=source,
+            host=LinuxHost(self.config),
+            kernel=host.kernel,
+            flows=FlowKeeper(Conntrack(), self.config.services),
+            publish=lambda status: write_status(status, self.status),
+            status=Status(pid=os.getpid(), node="n1", mode=self.config.mode),
+            watched=host.watched,
+        )
+        agent.start(source.load())
+        wake, _ = os.pipe()
+        agent.run(lambda: False, wake)
+
+    def kill(self) -> None:
+        """End it with SIGKILL, wherever it is."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+
+    def wait(self, generation: int) -> Status:
+        """Wait until it has programmed a generation."""
+        watcher = os.pidfd_open(self.pid)
+        try:
+            for _ in range(int(SECONDS / 0.01)):
+                status = self.read()
+                if status and status.pid == self.pid and status.synced and status.generation == str(generation):
+                    return status
+                ended = select.select([watcher], [], [], 0.01)[0]
+                assert not ended, "the agent ended by itself"
+        finally:
+            os.close(watcher)
+        raise AssertionError(f"not in sync with {generation} after {SECONDS:g} s: {self.read()}")
+
+    def read(self) -> Status | None:
+        """Return what it last said of itself."""
+        try:
+            return read_status(self.status)
+        except msgspec.DecodeError:
+            return None
