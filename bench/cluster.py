@@ -36,10 +36,20 @@ def service_name(index: int) -> str:
     return f"svc-{index:05d}"
 
 
+def service_address(index: int) -> int:
+    """Return the ClusterIP of the Service with that number."""
+    return int(_SERVICES) + index
+
+
+def endpoint_address(index: int, i: int) -> int:
+    """Return the address of an endpoint, counted from 0, of the Service with that number."""
+    return int(_PODS) + index * _ROOM + i
+
+
 def service(index: int) -> Raw:
     """Return a ClusterIP Service with one port."""
     name = service_name(index)
-    address = str(_SERVICES + index)
+    address = str(IPv4Address(service_address(index)))
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -118,7 +128,7 @@ def file_of(directory: Path, one: Raw) -> Path:
 
 def _endpoint(index: int, i: int) -> Raw:
     return {
-        "addresses": [str(_PODS + index * _ROOM + i)],
+        "addresses": [str(IPv4Address(endpoint_address(index, i)))],
         "conditions": {"ready": True, "serving": True, "terminating": False},
         "nodeName": f"node-{(index + i) % NODES + 1}",
         "targetRef": {"kind": "Pod", "name": f"{service_name(index)}-{i}", "namespace": NAMESPACE, "uid": _uid(index, i + 1)},

@@ -1,4 +1,4 @@
-"""The kernel's part of a change: iptables-legacy-restore and what it makes the kernel do, in a namespace of its own.
+"""The kernel's part of a change, in a namespace of its own; of iptables by handing the text to iptables-legacy-restore.
 
 Legacy reads and writes a whole table for every restore, however small the text, so this part grows with the cluster; the
 agent can only keep the number of restores and of lines down.
@@ -10,17 +10,20 @@ import contextlib
 import os
 import resource
 import secrets
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
-from kernelstate.linux import netns
+from kernelstate.linux import netns, nftables
 from kernelstate.linux.iptables import IptablesPort
+from kernelstate.linux.ipvs import has_ipvs
+from nodeplane.commands import Failed
 
 
 class Applied(msgspec.Struct, frozen=True):
-    """What one restore cost, in milliseconds: elapsed, and CPU time of the restore process with its system calls."""
+    """What one hand-over cost, in milliseconds: elapsed, and CPU time of the tool or library with its system calls."""
 
     wall: float
     cpu: float
@@ -40,6 +43,39 @@ def own_namespace() -> Iterator[str]:
         yield name
     finally:
         netns.delete(name)
+
+
+@contextlib.contextmanager
+def place_for(mode: str) -> Iterator[None]:
+    """Be where a measured agent of that mode writes: iptables' text goes nowhere, all else to a namespace of its own."""
+    if mode == "iptables":
+        yield
+        return
+    with own_namespace() as name, netns.inside(name):
+        yield
+
+
+def modes_here(bench: str, modes: Sequence[str]) -> list[str]:
+    """Return the modes whose agent can be measured here; the others are named on stderr. Raises Failed when none is left."""
+    lacking = {mode: words for mode in modes if (words := _lacking(mode))}
+    for mode, words in lacking.items():
+        if len(lacking) == len(modes):
+            raise Failed(f"{bench}: mode {mode} {words}")
+        print(f"{bench}: mode {mode} is left out: it {words}", file=sys.stderr)
+    return [mode for mode in modes if mode not in lacking]
+
+
+def _lacking(mode: str) -> str:
+    if mode == "iptables":
+        return ""
+    if not may_use_kernel():
+        return "writes to the kernel while it is measured, and needs root"
+    return "is not in this kernel, or python3-nftables is missing" if mode == "nftables" and not nftables.is_available() else ""
+
+
+def kernel_is_real(mode: str) -> bool:
+    """Whether what a measured agent of that mode writes is all taken by the kernel; of iptables, whether it can be afterwards."""
+    return may_use_kernel() and (mode != "ipvs" or has_ipvs())
 
 
 def apply_in_turn(texts: Iterable[str]) -> list[Applied]:

@@ -1,14 +1,14 @@
 """The pictures of results, one a benchmark: measured values, targets, and where somebody else's figures stand, said to be theirs.
 
-Reference figures are kube-proxy 1.36's, iptables-legacy, same cluster, from another machine of this kind. They were not measured in
-the run that is drawn and are drawn in grey.
+Reference figures are kube-proxy 1.36's in the same mode, same cluster, from another machine of this kind. They were not measured in
+the run that is drawn and are drawn in grey. Where a run has several modes, each has a picture of its own, one below the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -18,16 +18,36 @@ from bench.stages import STAGES
 
 BLUE, ORANGE, GREEN, RED, GREY = "#1f6fb4", "#e0812b", "#2f8f4e", "#b03030", "#8a8a8a"
 STAGE_COLOURS = dict(zip(STAGES, ("#1f6fb4", "#63a8dc", "#2f8f4e", "#8fc99b", "#e0812b", "#c9c9c9"), strict=True))
-REFERENCE_CHANGE_MS = (550.0, 930.0)
-REFERENCE_FULL_MS = 1660.0
-REFERENCE_RSS_MB = 209.0
+
+
+class Lines(NamedTuple):
+    """What is drawn beside the figures of a mode, all at 10,000 Services: targets, and kube-proxy's own figures where known."""
+
+    change_ms: float
+    full_ms: float
+    rss_mb: float
+    reference_change_ms: tuple[float, float] | None = None
+    reference_full_ms: float | None = None
+    reference_rss_mb: float | None = None
+
+
+LINES = {
+    "iptables": Lines(50, 1500, 200, (550, 930), 1660, 209),
+    "ipvs": Lines(10, 2000, 250),
+    "nftables": Lines(30, 1500, 250, (3700, 3900), 15_100, 226),
+}
 REFERENCE = "kube-proxy 1.36, reference figure,\nnot measured here"
 
 
 def draw(result: Result, path: Path) -> None:
     """Draw a result into a PNG file."""
-    figure = Figure(figsize=(11, 6), dpi=110, layout="constrained")
-    _DRAWINGS[result.bench](figure, result.rows)
+    modes = _modes(result) if result.bench in _BY_MODE else [""]
+    figure = Figure(figsize=(11, 6 * len(modes)), dpi=110, layout="constrained")
+    for part, mode in zip(figure.subfigures(len(modes), 1, squeeze=False)[:, 0], modes, strict=True):
+        rows = [row for row in result.rows if mode in {"", row.mode}]
+        if mode:
+            part.suptitle(f"mode {mode}", fontsize=11)
+        _DRAWINGS[result.bench](part, rows)
     machine = result.machine
     figure.suptitle(f"{result.bench}", fontsize=14, fontweight="bold", x=0.01, ha="left")
     figure.supxlabel(
@@ -41,6 +61,10 @@ def draw(result: Result, path: Path) -> None:
     figure.savefig(path)
 
 
+def _modes(result: Result) -> list[str]:
+    return list(dict.fromkeys(row.mode for row in result.rows))
+
+
 # -- services-change ---------------------------------------------------------------------------------------------------
 
 
@@ -51,21 +75,25 @@ def _services_change(figure: Any, rows: Sequence[Row]) -> None:
         ("endpoint added", "work p95", "endpoint added, 95 of 100", BLUE, "o:"),
         ("service added", "work median", "Service added, median", GREEN, "s-"),
         ("service removed", "work median", "Service removed, median", ORANGE, "^-"),
-        ("endpoint added", "kernel apply median", "iptables-legacy-restore and kernel,\nfor the endpoint added", RED, "d--"),
+        ("endpoint added", "kernel apply median", "the kernel's part of it", RED, "d--"),
     )
     for name, metric, label, colour, style in lines:
         points = _points(rows, name, metric)
         if points:
             left.plot(*zip(*points, strict=True), style, color=colour, label=label)
     largest = max(int(row.params["services"]) for row in rows)
-    left.vlines(10_000, *REFERENCE_CHANGE_MS, color=GREY, lw=6, label=f"{REFERENCE}\n(10,000 Services)")
-    left.axhline(50, color="black", lw=1, ls="--")
-    left.annotate("target at 10,000: 50 ms", (min(_sizes(rows)), 50), (0, 3), textcoords="offset points", fontsize=8)
+    lines_of = LINES[rows[0].mode]
+    if lines_of.reference_change_ms:
+        left.vlines(10_000, *lines_of.reference_change_ms, color=GREY, lw=6, label=f"{REFERENCE}\n(10,000 Services)")
+    target = lines_of.change_ms
+    left.axhline(target, color="black", lw=1, ls="--")
+    words = f"target at 10,000: {target:g} ms"
+    left.annotate(words, (min(_sizes(rows)), target), (0, 3), textcoords="offset points", fontsize=8)
     left.set(
         xscale="log", yscale="log", xlabel="Services, 3 endpoints each", ylabel="ms", title="agent's CPU time for one change"
     )
     left.set_xlim(min(_sizes(rows)) / 1.5, max(largest, 10_000) * 1.5)
-    left.set_ylim(0.1, 3000)
+    left.set_ylim(0.1, 6000)
     _plain(left.xaxis)
     _plain(left.yaxis)
     left.set_xticks(sorted({*_sizes(rows), 10_000}))
@@ -82,16 +110,18 @@ def _services_change(figure: Any, rows: Sequence[Row]) -> None:
 def _services_full(figure: Any, rows: Sequence[Row]) -> None:
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     largest = max(_sizes(rows))
+    lines = LINES[rows[0].mode]
     bars = [(f"agent\n{n:,}", _stages(rows, "first sync", n)) for n in _sizes(rows)]
     _stage_bars(left, bars)
     kernel = dict(_points(rows, "first sync", "kernel apply"))
     for n, value in kernel.items():
         left.barh(f"kernel\n{n:,}", value, color=RED)
         left.annotate(number(value), (value, f"kernel\n{n:,}"), (4, -3), textcoords="offset points", fontsize=8)
-    left.set(title="first full sync: agent by stage, then the kernel's restore", xlabel="ms")
+    left.set(title="first full sync: agent by stage, then the kernel's part", xlabel="ms")
     if largest >= 10_000:
-        left.axvline(1500, color="black", ls="--", lw=1, label="target for the agent at 10,000: 1,500 ms")
-        left.axvline(REFERENCE_FULL_MS, color=GREY, lw=3, label=REFERENCE.replace("\n", " "))
+        left.axvline(lines.full_ms, color="black", ls="--", lw=1, label=f"target at 10,000: {lines.full_ms:,.0f} ms")
+        if lines.reference_full_ms:
+            left.axvline(lines.reference_full_ms, color=GREY, lw=3, label=REFERENCE.replace("\n", " "))
     _legend_below(left, 3)
     points = _points(rows, "first sync", "peak RSS")
     names = [f"{n:,}" for n, _ in points]
@@ -101,8 +131,9 @@ def _services_full(figure: Any, rows: Sequence[Row]) -> None:
     for i, (_, value) in enumerate(points):
         right.annotate(number(value), (i, value), (0, 3), textcoords="offset points", ha="center", fontsize=8)
     if largest >= 10_000:
-        right.axhline(200, color="black", ls="--", lw=1, label="target at 10,000: 200 MB")
-        right.axhline(REFERENCE_RSS_MB, color=GREY, lw=3, label=REFERENCE)
+        right.axhline(lines.rss_mb, color="black", ls="--", lw=1, label=f"target at 10,000: {lines.rss_mb:g} MB")
+        if lines.reference_rss_mb:
+            right.axhline(lines.reference_rss_mb, color=GREY, lw=3, label=REFERENCE)
     right.set(title="memory", ylabel="MB", xlabel="Services, 3 endpoints each")
     _legend_below(right, 2)
 
@@ -146,6 +177,47 @@ def _drift_repair(figure: Any, rows: Sequence[Row]) -> None:
     right.set(title="text written", ylabel="bytes", yscale="log")
     right.margins(y=0.15)
     _plain(right.yaxis)
+
+
+# -- packet-cost -------------------------------------------------------------------------------------------------------
+
+_DATAPATH_LOOKS = {
+    "iptables flat": (RED, "d--"),
+    "iptables": (ORANGE, "^-"),
+    "ipvs": (GREEN, "s-"),
+    "nftables": (BLUE, "o-"),
+}
+
+
+def _packet_cost(figure: Any, rows: Sequence[Row]) -> None:
+    costs = [row for row in rows if row.metric == "CPU per packet"]
+    sizes = sorted({int(row.params["services"]) for row in costs if "services" in row.params})
+    panels = {
+        "new": "new connection to a Service",
+        "new, any Service": "new connections to 1,024 Services in turn",
+        "new, no Service": "new connection to a pod",
+        "established": "open connection",
+    }
+    top = 1.6 * max(row.value for row in costs)
+    for axes, (name, title) in zip(figure.subplots(2, 2, sharex=True, sharey=True).flat, panels.items(), strict=True):
+        for datapath, (colour, style) in _DATAPATH_LOOKS.items():
+            points = _points([row for row in costs if row.params["datapath"] == datapath], name, "CPU per packet")
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=colour, label=datapath)
+        for datapath, style in (("conntrack", ":"), ("forwarding", "--")):
+            level = next(row.value for row in costs if (row.name, row.params["datapath"]) == (name, datapath))
+            axes.axhline(level, color=GREY, ls=style, lw=1.5, label=f"{datapath} alone")
+        axes.set(xscale="log", yscale="log", title=title, ylim=(None, top))
+        _plain(axes.xaxis)
+        _plain(axes.yaxis)
+        axes.set_xticks(sizes)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.grid(alpha=0.3)
+    for axes in (figure.axes[0], figure.axes[2]):
+        axes.set_ylabel("ns of CPU for one packet")
+    for axes in (figure.axes[2], figure.axes[3]):
+        axes.set_xlabel("Services, 3 endpoints each")
+    figure.axes[3].legend(fontsize=8, loc="upper left")  # nothing grows there
 
 
 # -- shared ------------------------------------------------------------------------------------------------------------
@@ -203,9 +275,12 @@ def _plain(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+_BY_MODE = frozenset({"services-change", "services-full"})
+
 _DRAWINGS: dict[str, Callable[[Any, Sequence[Row]], None]] = {
     "services-change": _services_change,
     "services-full": _services_full,
     "lab-up": _lab_up,
     "drift-repair": _drift_repair,
+    "packet-cost": _packet_cost,
 }

@@ -24,7 +24,13 @@ class Options(msgspec.Struct, frozen=True):
     """What the command line asked for. ``services`` None: the benchmark's own sizes."""
 
     services: int | None = None
-    mode: str = "iptables"
+    modes: tuple[str, ...] = ("iptables",)
+    """The one mode that was stated, or all there are."""
+
+    @property
+    def mode(self) -> str:
+        """The mode of a benchmark that measures in one only."""
+        return self.modes[0]
 
 
 class Row(msgspec.Struct, frozen=True):

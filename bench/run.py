@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, str] = {
     "services-full": "bench.services_full",
     "lab-up": "bench.lab_up",
     "drift-repair": "bench.drift_repair",
+    "packet-cost": "bench.packet_cost",
 }
 """Name on the command line -> module with a ``measure``."""
 
@@ -45,7 +46,7 @@ class Benchmark(Protocol):
 def run(args: argparse.Namespace) -> int:
     """Run one benchmark or, without a name, all: then one that cannot run is named, and the others still do. Raises Usage, Failed."""
     names = _names(args.name, args.services)
-    options = Options(services=args.services, mode=_mode(args.mode))
+    options = Options(services=args.services, modes=_modes(args.mode))
     results: list[Result] = []
     for name in names:
         print(f"{name}: measuring", file=sys.stderr)
@@ -84,11 +85,10 @@ def _names(stated: str | None, services: int | None) -> list[str]:
     return [stated]
 
 
-def _mode(stated: str | None) -> str:
-    mode = stated or MODES[0]
-    if mode not in MODES:
-        raise Usage(f"--mode: must be one of {', '.join(MODES)}, is {mode!r}")
-    return mode
+def _modes(stated: str | None) -> tuple[str, ...]:
+    if stated is not None and stated not in MODES:
+        raise Usage(f"--mode: must be one of {', '.join(MODES)}, is {stated!r}")
+    return MODES if stated is None else (stated,)
 
 
 def _command(name: str, args: argparse.Namespace) -> str:

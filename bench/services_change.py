@@ -4,7 +4,8 @@
     service added      the file of a Service and the file of its slice appear
     service removed    both go (the source waits 50 ms for a deletion to be over; that is elapsed time, not work)
 
-and, separately, what iptables-legacy-restore takes for the text of an added endpoint. Objects are JSON, one a file in one
+and, separately, what the kernel takes for an added endpoint: iptables-legacy-restore with the text, afterwards; in the
+other modes libnftables and the kernel's answers, in the agent's process and left out of its work. Objects are JSON, one a file in one
 directory. With each N the changes are measured in a fresh process; smaller N give the baseline: a cost bounded by the change has
 a ratio near 1 at every N.
 """
@@ -21,7 +22,7 @@ import msgspec
 from bench import cluster
 from bench.control import MeasuredAgent, Work
 from bench.fresh import in_fresh_process
-from bench.kernel import Applied, apply_in_turn, may_use_kernel
+from bench.kernel import Applied, apply_in_turn, kernel_is_real, may_use_kernel, modes_here, place_for
 from bench.result import Options, Row, against, median, p95, value_of
 from bench.stages import Stages
 
@@ -43,8 +44,11 @@ def measure(options: Options, changes: int = CHANGES) -> list[Row]:
     if not may_use_kernel():
         print("services-change: the kernel's part is left out, it needs root", file=sys.stderr)
     rows: list[Row] = []
-    for services in sizes(options.services):
-        rows += _rows(services, changes, options.mode, rows)
+    for mode in modes_here("services-change", options.modes):
+        own: list[Row] = []
+        for services in sizes(options.services):
+            own += _rows(services, changes, mode, own)
+        rows += own
     return rows
 
 
@@ -65,12 +69,15 @@ def _rows(services: int, changes: int, mode: str, before: Sequence[Row]) -> list
             ("elapsed median", median([w.wall for w in works]), "ms"),
             ("text size", median([len(w.text.encode()) for w in works]), "bytes"),
             ("text lines", median([w.text.count("\n") for w in works]), "lines"),
+            ("written beside the text", median([w.elements for w in works]), "objects"),
             *((f"stage {s}", median([w.stages[s] for w in works]), "ms") for s in works[0].stages),
         ]
         rows += [Row(event, mode, {"services": services}, *figure) for figure in figures]
     if len(answer.kernel) > 1:
-        took = [a.wall for a in answer.kernel[1:]]
-        rows.append(Row("endpoint added", mode, {"services": services}, "kernel apply median", median(took), "ms"))
+        took = median([a.wall for a in answer.kernel[1:]])
+        elapsed = median([w.wall for w in answer.events["endpoint added"]])
+        figures = [("kernel apply median", took, "ms"), ("from file to kernel median", elapsed + took, "ms")]
+        rows += [Row("endpoint added", mode, {"services": services}, *figure) for figure in figures]
     return [_with_baseline(row, before) for row in rows]
 
 
@@ -91,21 +98,28 @@ def measure_here(directory: str, services: int, changes: int, mode: str) -> Answ
     path = Path(directory) / "objects"
     cluster.write_directory(path, services)
     count = min(changes, services)
-    stages = Stages()
+    stages = Stages(mode)
     events: dict[str, list[Work]] = {}
-    agent = MeasuredAgent(path, mode, stages)
-    try:
-        with stages.watching():
-            first = agent.first()
-            for event, change in EVENTS.items():
-                events[event] = []
-                for i in range(count):
-                    change(path, i * services // count, services)
-                    events[event].append(agent.follow())
-    finally:
-        agent.close()
-    texts = [first.text, *(w.text for w in events["endpoint added"][:APPLIED])]
-    return Answer(events, apply_in_turn(texts) if may_use_kernel() else [])
+    with place_for(mode):
+        agent = MeasuredAgent(path, mode, stages)
+        try:
+            with stages.watching():
+                first = agent.first()
+                for event, change in EVENTS.items():
+                    events[event] = []
+                    for i in range(count):
+                        change(path, i * services // count, services)
+                        events[event].append(agent.follow())
+        finally:
+            agent.close()
+    return Answer(events, _kernel_part(mode, [first, *events["endpoint added"]]))
+
+
+def _kernel_part(mode: str, works: Sequence[Work]) -> list[Applied]:
+    """Return what the kernel took for the first sync and for changes after it."""
+    if not kernel_is_real(mode):
+        return []
+    return apply_in_turn([w.text for w in works[: APPLIED + 1]]) if mode == "iptables" else [w.kernel for w in works]
 
 
 def _add_endpoint(path: Path, index: int, _: int) -> None:

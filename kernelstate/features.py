@@ -13,3 +13,7 @@ class Feature(StrEnum):
 
     IPTABLES_LEGACY = "iptables-legacy"
     IPTABLES_NFT = "iptables-nft"
+    IPVS = "ipvs"
+    IPSET = "ipset"
+    DUMMY_LINK = "dummy link"
+    NFTABLES = "nftables"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -62,7 +62,11 @@ class NetfilterPort(Protocol):
 
 
 class ConntrackEntry(msgspec.Struct, frozen=True, gc=False):
-    """One tracked flow: the original direction as sent, and the source of its replies (the backend after DNAT)."""
+    """One tracked flow: the original direction as sent, and the source of its replies (the backend after DNAT).
+
+    ``stage`` is where a TCP or SCTP flow stands: only the first packet was sent, or a connection, or one that is over. ``tags``
+    are the verification tags of an SCTP association, the one in packets of the original direction first.
+    """
 
     family: Family
     protocol: str
@@ -74,6 +78,8 @@ class ConntrackEntry(msgspec.Struct, frozen=True, gc=False):
     reply_source_port: int
     zone: int = 0
     mark: int = 0
+    stage: Literal["", "opening", "open", "over"] = ""
+    tags: tuple[int, int] = (0, 0)
 
 
 class ConntrackPort(Protocol):
@@ -84,6 +90,12 @@ class ConntrackPort(Protocol):
 
     def delete(self, entries: Sequence[ConntrackEntry]) -> int:
         """Delete exactly these; those already gone do not count. Returns how many were deleted."""
+
+    def reset(self, entries: Sequence[ConntrackEntry], refuser: int) -> int:
+        """Delete TCP or SCTP flows of one family and tell each client; ``refuser`` is an address of this node's own.
+
+        Returns how many there were.
+        """
 
 
 class AddressPort(Protocol):

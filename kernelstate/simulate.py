@@ -15,7 +15,8 @@
 Decides the outcome exactly as xtables would: first match, jumps and returns, connection states, marks. Where rules draw lots
 (statistic) it follows every branch with its probability, so the answer is a set of paths. Routing is reduced to one question
 (is it ours?), builtin policies are ACCEPT, and chains named as anchors hold just those. Matches and targets of others that
-are only carried as words cannot be judged: such a match does not match, such a target passes, and the steps say so.
+are only carried as words cannot be judged: such a match does not match, such a target passes, and the steps say so. Packets are
+routed, never bridged.
 
 Long chains are indexed by protocol, destination and port, so that ten thousand Services cost a packet no more than ten.
 """
@@ -37,6 +38,7 @@ from kernelstate.objects.netfilter import (
     Comment,
     ConnState,
     Dnat,
+    FromBridgePort,
     Jump,
     Mark,
     Masquerade,
@@ -49,12 +51,15 @@ from kernelstate.objects.netfilter import (
     Reject,
     Rule,
     Ruleset,
+    SetMatch,
     SetXmark,
     Statistic,
     Table,
     Transport,
     Verdict,
 )
+from kernelstate.objects.sets import IpSets
+from kernelstate.simulate_sets import SetReader
 from kernelstate.text.iptables_save import print_rule
 
 Answer: TypeAlias = Literal["accept", "reject", "drop"]
@@ -104,6 +109,17 @@ class Step(msgspec.Struct, frozen=True):
         return f"{self.table} {print_rule(self.chain, self.rule)} => {self.happened}"
 
 
+class OtherStep(msgspec.Struct, frozen=True):
+    """Something other than a rule that took the packet: what it was, as its own tool words it, and what then happened."""
+
+    what: str
+    happened: str
+
+    def __str__(self) -> str:
+        """Print as ``ipvs -A -t 10.96.0.1:80 -s rr => ...``."""
+        return f"{self.what} => {self.happened}"
+
+
 class Path(msgspec.Struct, frozen=True):
     """One thing that may happen: with which probability, and the way there. ``dnat`` is (address, port) after translation."""
 
@@ -112,10 +128,10 @@ class Path(msgspec.Struct, frozen=True):
     dnat: tuple[IPAddress, int] | None
     masquerade: bool
     mark: int
-    steps: tuple[Step, ...]
+    steps: tuple[Step | OtherStep, ...]
 
 
-class _State(msgspec.Struct, frozen=True, gc=False):
+class State(msgspec.Struct, frozen=True, gc=False):
     """The packet on its way; ``source`` and ``destination`` are numbers, ``dnat`` says whether the latter was translated."""
 
     family: Family
@@ -132,7 +148,7 @@ class _State(msgspec.Struct, frozen=True, gc=False):
     probability: float = 1.0
     dnat: bool = False
     masquerade: bool = False
-    steps: tuple[Step, ...] = ()
+    steps: tuple[Step | OtherStep, ...] = ()
 
 
 _End: TypeAlias = Answer | Literal["return"]
@@ -142,7 +158,7 @@ _replace = msgspec.structs.replace
 class Simulator:
     """Walks packets over one ruleset, which must not change meanwhile; chains are indexed as packets meet them."""
 
-    def __init__(self, ruleset: Ruleset, local_addresses: Collection[IPAddress] = ()) -> None:
+    def __init__(self, ruleset: Ruleset, local_addresses: Collection[IPAddress] = (), sets: IpSets | None = None) -> None:
         self._chains: dict[ChainKey, tuple[Rule, ...]] = ruleset.chains
         self._doors: dict[ChainKey, tuple[Rule, ...]] = defaultdict(tuple)
         for anchor in ruleset.anchors:
@@ -150,6 +166,7 @@ class Simulator:
                 self._doors[anchor.chain] += (anchor.rule,)
         self._local = {(address.version, int(address)) for address in local_addresses}
         self._indexes: dict[ChainKey, _Index] = {}
+        self._sets = SetReader(sets or {})
 
     def walk(self, packet: Packet) -> tuple[Path, ...]:
         """Return everything that may happen to the packet; the probabilities sum to 1."""
@@ -162,7 +179,7 @@ class Simulator:
                 state.mark,
                 state.steps,
             )
-            for verdict, state in self._way(packet)
+            for verdict, state in self.way(packet)
         )
 
     def is_local(self, family: Family, address: int) -> bool:
@@ -172,9 +189,10 @@ class Simulator:
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
-    def _way(self, packet: Packet) -> Iterator[tuple[Answer, _State]]:
-        ended: list[tuple[Answer, _State]] = []
-        for state in self._hook("OUTPUT" if packet.from_local else "PREROUTING", packet, [_state_of(packet)], ended):
+    def way(self, packet: Packet) -> Iterator[tuple[Answer, State]]:
+        """Lead a packet from hook to hook; whoever adds hooks of its own to the kernel's overrides this."""
+        ended: list[tuple[Answer, State]] = []
+        for state in self.hook("OUTPUT" if packet.from_local else "PREROUTING", packet, [state_of(packet)], ended):
             local = self.is_local(state.family, state.destination)
             if packet.from_local:
                 hooks = ("POSTROUTING", "INPUT") if local else ("POSTROUTING",)
@@ -182,17 +200,24 @@ class Simulator:
                 hooks = ("INPUT",) if local else ("FORWARD", "POSTROUTING")
             states = [state]
             for hook in hooks:
-                states = self._hook(hook, packet, states, ended)
+                states = self.hook(hook, packet, states, ended)
             yield from (("accept", final) for final in states)
         yield from ended
 
-    def _hook(self, hook: str, packet: Packet, states: list[_State], ended: list[tuple[Answer, _State]]) -> list[_State]:
-        """Walk the tables of one hook; returns the states that came through, adds the others to ``ended``."""
-        for table in HOOKS[hook]:
+    def hook(
+        self,
+        hook: str,
+        packet: Packet,
+        states: list[State],
+        ended: list[tuple[Answer, State]],
+        tables: tuple[Table, ...] = (),
+    ) -> list[State]:
+        """Walk the tables of one hook (or only those named); returns the states that came through, adds others to ``ended``."""
+        for table in tables or HOOKS[hook]:
             key = ChainKey(packet.source.version, table, hook)
             if key not in self._doors or (table == "nat" and packet.state != "NEW"):
                 continue
-            through: list[_State] = []
+            through: list[State] = []
             for state in states:
                 for end, after in self._walk(key, self._on_links(hook, packet, state), 0):
                     if end == "reject" or end == "drop":  # noqa: PLR1714  mypy narrows this, not a set
@@ -202,7 +227,7 @@ class Simulator:
             states = through
         return states
 
-    def _on_links(self, hook: str, packet: Packet, state: _State) -> _State:
+    def _on_links(self, hook: str, packet: Packet, state: State) -> State:
         """Return the state with the links that rules see at a hook: none to leave by before routing, none to come by after."""
         loopback = packet.from_local and self.is_local(state.family, state.destination)
         incoming = ("lo" if loopback else packet.in_interface) if hook in {"PREROUTING", "INPUT", "FORWARD"} else ""
@@ -213,7 +238,7 @@ class Simulator:
 
     # -- chains --------------------------------------------------------------------------------------------------------
 
-    def _walk(self, key: ChainKey, state: _State, start: int) -> Iterator[tuple[_End, _State]]:
+    def _walk(self, key: ChainKey, state: State, start: int) -> Iterator[tuple[_End, State]]:
         """Walk one chain from a rule on; yields how and in which state each branch leaves it."""
         rules = self._doors.get(key) or self._chains.get(key, ())
         for position in self._candidates(key, rules, state, start):
@@ -223,7 +248,7 @@ class Simulator:
                 continue
             hit = state if chance == 1 else _replace(state, probability=state.probability * chance)
             rest = None if chance == 1 else _replace(state, probability=state.probability * (1 - chance))
-            passed: list[_State] = []  # branches that go on behind this rule
+            passed: list[State] = []  # branches that go on behind this rule
             for end, after in self._target(key, rule, hit):
                 if end == "pass":
                     passed.append(after)
@@ -238,7 +263,7 @@ class Simulator:
             state = passed[-1]
         yield "return", state
 
-    def _candidates(self, key: ChainKey, rules: tuple[Rule, ...], state: _State, start: int) -> Iterable[int]:
+    def _candidates(self, key: ChainKey, rules: tuple[Rule, ...], state: State, start: int) -> Iterable[int]:
         """Return the positions of rules that may match, in order; those left out cannot."""
         if len(rules) <= INDEXED:
             return range(start, len(rules))
@@ -247,11 +272,11 @@ class Simulator:
             index = self._indexes[key] = _Index(rules)
         return [position for position in index.positions(state) if position >= start]
 
-    def _target(self, key: ChainKey, rule: Rule, state: _State) -> Iterator[tuple[_End | Literal["pass"], _State]]:
+    def _target(self, key: ChainKey, rule: Rule, state: State) -> Iterator[tuple[_End | Literal["pass"], State]]:
         """Do what a rule that matched says; "pass" goes on behind it."""
         target = rule.target
 
-        def after(happened: str, **changes: object) -> _State:
+        def after(happened: str, **changes: object) -> State:
             step = Step(key.table, key.name, rule, happened)
             return _replace(state, steps=(*state.steps, step), **changes)
 
@@ -283,7 +308,7 @@ class Simulator:
             case _:
                 assert_never(target)
 
-    def _jump(self, key: ChainKey, state: _State, goto: bool) -> Iterator[tuple[_End | Literal["pass"], _State]]:
+    def _jump(self, key: ChainKey, state: State, goto: bool) -> Iterator[tuple[_End | Literal["pass"], State]]:
         for end, after in self._walk(key, state, 0):
             if end == "return":
                 yield "return" if goto else "pass", after
@@ -292,7 +317,7 @@ class Simulator:
 
     # -- matches -------------------------------------------------------------------------------------------------------
 
-    def _chance(self, rule: Rule, state: _State) -> float:
+    def _chance(self, rule: Rule, state: State) -> float:
         """Return the probability with which a rule matches."""
         if rule.protocol and rule.protocol not in {state.protocol, "all"}:
             return 0
@@ -312,7 +337,7 @@ class Simulator:
                 return 0
         return chance
 
-    def _matches(self, match: Match, state: _State) -> bool:
+    def _matches(self, match: Match, state: State) -> bool:
         match match:
             case Comment() | NfAcct():
                 return True
@@ -326,18 +351,26 @@ class Simulator:
                 return state.conn_states.isdisjoint(states) == negated
             case Mark(value, mask, negated):
                 return (state.mark & mask == value) != negated
-            case AddrType(src, dst):
-                return self._is_type(src, state.family, state.source) and self._is_type(dst, state.family, state.destination)
+            case AddrType(src, dst, not_src, not_dst):
+                return self._is_type(src, not_src, state.family, state.source) and self._is_type(
+                    dst, not_dst, state.family, state.destination
+                )
             case Recent(name, is_set, _):
                 return is_set or name in state.remembered
+            case SetMatch():
+                source, destination = (state.source, state.source_port), (state.destination, state.destination_port)
+                held = self._sets.holds(match, state.family, state.protocol, source, destination)
+                return held != match.negated
+            case FromBridgePort(negated):
+                return negated
             case Statistic() | OtherMatch():  # the first is a chance, not a condition; the second cannot be judged
                 return False
             case _:
                 assert_never(match)
 
-    def _is_type(self, kind: str, family: Family, address: int) -> bool:
-        """Whether an address is LOCAL; any other type than that is one we do not judge."""
-        return not kind or (kind == "LOCAL" and self.is_local(family, address))
+    def _is_type(self, kind: str, negated: bool, family: Family, address: int) -> bool:
+        """Whether an address is LOCAL, or is not; any other type than that is one we do not judge."""
+        return not kind or (kind == "LOCAL" and self.is_local(family, address) != negated)
 
 
 class _Index:
@@ -354,7 +387,7 @@ class _Index:
                     port = match.dport[0]
             self._positions[rule.protocol, destination, port].append(position)
 
-    def positions(self, state: _State) -> list[int]:
+    def positions(self, state: State) -> list[int]:
         """Return the positions of rules whose demands the packet meets."""
         found: list[int] = []
         for protocol in (state.protocol, ""):
@@ -364,8 +397,9 @@ class _Index:
         return sorted(found)
 
 
-def _state_of(packet: Packet) -> _State:
-    return _State(
+def state_of(packet: Packet) -> State:
+    """Return a packet as it sets out."""
+    return State(
         packet.source.version,
         packet.protocol,
         int(packet.source),

@@ -29,9 +29,9 @@ from overlay.oracle import path_of
 from proxy.modes import TRAITS
 from proxy.oracle import Flow, Judgement, Oracle, Outcome, parse_backend, print_backend
 from proxy.render.iptables import NODE_PORTS
+from proxy.render.iptables_shared import HEADS
+from proxy.render.ipvs_rules import NODE_PORTS as IPVS_NODE_PORTS
 
-_LET_IN = frozenset({NODE_PORTS, "KUBE-NODE-PORT"})
-"""Chains in which the rule modes let health check ports in."""
 _PROTOCOLS: dict[str, Protocol] = {"TCP": "tcp", "UDP": "udp", "SCTP": "sctp"}
 
 
@@ -239,8 +239,14 @@ def outcome_of(path: WalkedPath) -> Outcome:
         return Outcome(path.verdict)
     if path.dnat is not None:
         return Outcome("dnat", print_backend(*path.dnat), path.masquerade)
-    by_name = any(isinstance(s, Step) and s.chain in _LET_IN and s.rule.target is Verdict.ACCEPT for s in path.steps)
+    by_name = any(isinstance(s, Step) and _lets_in(s) for s in path.steps)
     return Outcome("accept" if by_name else "pass")
+
+
+def _lets_in(step: Step) -> bool:
+    """Whether a step is the rule of a health check port: the only one that accepts in its own chain, or in one of its tree."""
+    ports = step.chain in {NODE_PORTS, IPVS_NODE_PORTS} or step.chain.startswith(HEADS[NODE_PORTS])
+    return ports and step.table == "filter" and step.rule.target is Verdict.ACCEPT
 
 
 def packet_of(flow: Flow) -> Packet:

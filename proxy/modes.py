@@ -33,7 +33,20 @@ class ModeTraits(msgspec.Struct, frozen=True):
     local_binds_all: bool = False
     """externalTrafficPolicy Local holds for pods and the node itself too: IPVS chooses by destination only."""
     addresses_are_local: bool = False
-    """The node holds the Services' addresses itself, so they answer ping, and each of their unknown ports refuses."""
+    """The node holds the Services' addresses itself, so they answer ping, and each of their unknown ports refuses.
+
+    A health check port answers on them too, and a process of the node that asks for a ClusterIP has that as its source: it is
+    masqueraded whether or not pods can be told from others.
+    """
+    one_server: bool = False
+    """An address, protocol and port is one Service's alone: its own address before a NodePort, the first kind it is listed as.
+
+    False: where that has nobody to send a packet to, the next that claims the same address and port is tried.
+    """
+    node_ports_off_link_local: bool = False
+    """NodePorts do not answer on link-local addresses: a virtual server cannot tell the links they are on apart."""
+    excludes_cidrs: bool = False
+    """Service addresses inside excludeCIDRs are somebody else's, and nothing is done for them."""
     primary_node_ports: bool = False
     """Where nodePortAddresses is not set NodePorts answer on the Node's own address only; False: on every address."""
     hashes_clients: bool = True
@@ -55,6 +68,9 @@ TRAITS = {
         "ipvs",
         local_binds_all=True,
         addresses_are_local=True,
+        one_server=True,
+        node_ports_off_link_local=True,
+        excludes_cidrs=True,
     ),
     "nftables": ModeTraits(
         "nftables",

@@ -88,6 +88,8 @@ class Oracle:
         self._health_ports: dict[tuple[int, int], ServiceEntry] = {}
         for entry in table:
             for frontend in entry.frontends:
+                if frontend.address is not None and self._is_excluded(frontend.address):
+                    continue
                 key = (frontend.address, entry.name.protocol, frontend.port)
                 self._by_address.setdefault(key, []).append((entry, frontend))
                 if frontend.address is not None:
@@ -104,11 +106,11 @@ class Oracle:
         if self.traits.firewall_first and any(not self._source_allowed(e, f, flow) for e, f in answering):
             because.append(f"{flow.source} is outside loadBalancerSourceRanges: dropped")
             return Judgement(frozenset({Outcome(Verdict.DROP.value)}), tuple(because))
-        for entry, frontend in answering:
+        for entry, frontend in self._first(answering):
             outcomes = self._translate(entry, frontend, flow, because)
             if outcomes:
                 return Judgement(outcomes, tuple(because))
-        for entry, frontend in self._met(flow, self._node_port_refuses(flow)):
+        for entry, frontend in self._first(self._met(flow, self._node_port_refuses(flow))):
             refusal = self._refusal(entry, frontend, flow, because)
             if refusal:
                 return Judgement(frozenset({refusal}), tuple(because))
@@ -119,13 +121,22 @@ class Oracle:
     def _met(self, flow: Flow, node_ports: bool) -> list[tuple[ServiceEntry, Frontend]]:
         """Return the frontends of the flow's exact address, then, if they are to count, the NodePorts of its port."""
         found = list(self._by_address.get((flow.destination, flow.protocol, flow.port), ()))
-        if node_ports:
+        if node_ports and not (found and self.traits.one_server):
             by_port = self._by_address.get((None, flow.protocol, flow.port), ())
             found += [(e, f) for e, f in by_port if e.family == flow.destination.version]
         return found
 
+    def _first(self, met: list[tuple[ServiceEntry, Frontend]]) -> list[tuple[ServiceEntry, Frontend]]:
+        """Return those that may decide: all in turn, or with one virtual server for each address and port the first."""
+        return met[:1] if self.traits.one_server else met
+
+    def _is_excluded(self, address: IPAddress) -> bool:
+        return self.traits.excludes_cidrs and any(c.contains(address) for c in self.settings.exclude_cidrs)
+
     def _node_port_answers(self, flow: Flow) -> bool:
         destination = flow.destination
+        if self._is_excluded(destination) or (self.traits.node_ports_off_link_local and destination.is_link_local):
+            return False
         if destination.is_loopback and (destination.version == 6 or not self._opens_localhost):
             return False
         scope = node_port_scope(self.settings, self.node, destination.version)
@@ -182,9 +193,17 @@ class Oracle:
             because.append("masqueradeAll: source replaced")
         elif outsider:
             because.append("the source is not a pod: replaced, so that replies come back this way")
+        elif detector is None and self._from_cluster_ip(flow):
+            outsider = True
+            because.append("the node itself asks, from the ClusterIP it asks for: replaced")
         pool = entry.pool(Kind.CLUSTER_IP)
         because.append("internalTrafficPolicy Local: endpoints on this node" if entry.internal_local else "every endpoint")
         return self._balance(entry, pool, flow, masquerade=self.settings.masquerade_all or outsider)
+
+    def _from_cluster_ip(self, flow: Flow) -> bool:
+        """Whether the source is a ClusterIP that has the port: where the node holds ClusterIPs, it asks them from themselves."""
+        same = self._by_address.get((flow.source, flow.protocol, flow.port), ())
+        return self.traits.addresses_are_local and any(f.kind is Kind.CLUSTER_IP for _, f in same[:1])
 
     def _balance(self, entry: ServiceEntry, pool: tuple[Backend, ...], flow: Flow, *, masquerade: bool) -> frozenset[Outcome]:
         """One of the pool; a pod that meets itself is masqueraded, else it would see a packet from its own address."""
@@ -241,11 +260,12 @@ class Oracle:
         if self._opens_localhost and localnet.contains(flow.destination) and not localnet.contains(flow.source):
             because.append("127.0.0.0/8 is closed to everything but loopback")
             return Outcome(Verdict.DROP.value)
-        refused = self._unknown_port(flow, because)
+        health = self._health_ports.get((family, flow.port)) if self.traits.opens_health_check_ports else None
+        held = self.traits.addresses_are_local and flow.destination in self.service_addresses
+        refused = None if health is not None and held and flow.protocol == "TCP" else self._unknown_port(flow, because)
         if refused is not None:
             return refused
-        health = self._health_ports.get((family, flow.port)) if self.traits.opens_health_check_ports else None
-        if health is not None and flow.protocol == "TCP" and self._is_local(flow.destination):
+        if health is not None and flow.protocol == "TCP" and (held or self._is_local(flow.destination)):
             because.append(f"health check port of {health.name}: let in")
             return Outcome(Verdict.ACCEPT.value)
         if not because:
@@ -255,7 +275,9 @@ class Oracle:
     def _unknown_port(self, flow: Flow, because: list[str]) -> Outcome | None:
         """Say what happens to a packet for an address of the Services that none of them answers; None: nothing special."""
         destination = flow.destination
-        if self.traits.addresses_are_local and destination in self.service_addresses and destination not in self.local:
+        if self.traits.addresses_are_local:
+            if destination not in self.service_addresses or destination in self.local:
+                return None
             because.append(f"{destination} is a Service's, held by this node, and no Service has the port: rejected")
             return Outcome(Verdict.REJECT.value)
         if self._is_local(destination) and not flow.from_node:

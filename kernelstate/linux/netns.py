@@ -121,6 +121,19 @@ def call(name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
     return _in_thread(body)
 
 
+def call_apart(function: Callable[[], T]) -> T:
+    """Call ``function`` in a thread of its own inside a new namespace without a name, which is gone afterwards.
+
+    Returns what it returns, raises what it raises; KernelRefusedError where a new namespace is not allowed.
+    """
+
+    def body() -> T:
+        _check(_libc.unshare(CLONE_NEWNET), "create network namespace", "without a name")
+        return function()
+
+    return _in_thread(body)
+
+
 def popen(name: str, argv: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
     """Start a program inside ``name``; ``options`` are those of ``subprocess.Popen``."""
     with inside(name):

@@ -21,8 +21,11 @@ from kernelstate.errors import KernelRefusedError
 
 NETLINK_NETFILTER = 12
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
+NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x200, 0x400, 0x800
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
+
+_BATCH_BEGIN, _BATCH_END, _SO_SNDBUFFORCE = 16, 17, 32
 
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
@@ -63,6 +66,10 @@ class NfNetlink:
     def __enter__(self) -> Self:
         return self
 
+    def close(self) -> None:
+        """Close it."""
+        self._socket.close()
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._socket.close()
 
@@ -77,18 +84,19 @@ class NfNetlink:
                     raise KernelRefusedError(operation, "", os.strerror(-_ERROR.unpack_from(data, start)[0]))
                 yield data, start + 4, end
 
-    def get(self, operation: str, message: int, family: int) -> tuple[bytes, int, int]:
+    def get(self, operation: str, message: int, family: int, payload: bytes = b"") -> tuple[bytes, int, int]:
         """Ask for one object; returns (datagram, start, end of its attributes). Raises KernelRefusedError."""
-        self._send([self._frame(message, NLM_F_REQUEST, family, b"")])
+        self._send([self._frame(message, NLM_F_REQUEST, family, payload)])
         data, kind, start, end = next(self._receive())
         if kind == NLMSG_ERROR:
             raise KernelRefusedError(operation, "", os.strerror(-_ERROR.unpack_from(data, start)[0]))
         return data, start + 4, end
 
-    def execute(self, message: int, requests: Sequence[tuple[int, bytes]]) -> list[int]:
+    def execute(self, message: int, requests: Sequence[tuple[int, bytes]], flags: int = 0) -> list[int]:
         """Send requests (family, payload) in one datagram; returns the error number of each, 0 for done."""
         first = self._sequence + 1
-        self._send([self._frame(message, NLM_F_REQUEST | NLM_F_ACK, family, payload) for family, payload in requests])
+        flags |= NLM_F_REQUEST | NLM_F_ACK
+        self._send([self._frame(message, flags, family, payload) for family, payload in requests])
         results: dict[int, int] = {}
         while len(results) < len(requests):
             for data, kind, start, _ in self._receive():
@@ -97,10 +105,29 @@ class NfNetlink:
                     results[sequence] = -_ERROR.unpack_from(data, start)[0]
         return [results[first + index] for index in range(len(requests))]
 
-    def _frame(self, message: int, flags: int, family: int, payload: bytes) -> bytes:
+    def commit(self, operation: str, subsystem: int, family: int, messages: Sequence[tuple[int, int, bytes]]) -> None:
+        """Send messages (type, flags, payload) as one transaction: all are done or none. Raises KernelRefusedError."""
+        frames = [self._frame(_BATCH_BEGIN, NLM_F_REQUEST, 0, b"", subsystem)]
+        first = self._sequence
+        frames += [self._frame(kind, NLM_F_REQUEST | NLM_F_ACK | flags, family, body) for kind, flags, body in messages]
+        last = self._sequence
+        frames.append(self._frame(_BATCH_END, NLM_F_REQUEST, 0, b"", subsystem))
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, 2 * sum(map(len, frames)) + (1 << 16))
+        self._send(frames)
+        done = first
+        while done < last:
+            for data, kind, start, _ in self._receive():
+                sequence = _HEADER.unpack_from(data, start - _HEADER.size)[3]
+                if kind != NLMSG_ERROR or sequence < first:  # an answer to an earlier batch that failed half way
+                    continue
+                if code := -_ERROR.unpack_from(data, start)[0]:
+                    raise KernelRefusedError(operation, "", os.strerror(code))
+                done = sequence
+
+    def _frame(self, message: int, flags: int, family: int, payload: bytes, resource: int = 0) -> bytes:
         self._sequence += 1
         header = _HEADER.pack(_BODY + len(payload), message, flags, self._sequence, 0)
-        return header + struct.pack("=BBH", family, 0, 0) + payload
+        return header + struct.pack("!BBH", family, 0, resource) + payload
 
     def _send(self, frames: Sequence[bytes]) -> None:
         self._socket.send(b"".join(frames))

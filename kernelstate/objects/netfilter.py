@@ -76,10 +76,12 @@ class Mark(msgspec.Struct, frozen=True, gc=False):
 
 
 class AddrType(msgspec.Struct, frozen=True, gc=False):
-    """``-m addrtype --src-type LOCAL`` or ``--dst-type LOCAL``."""
+    """``-m addrtype [!] --src-type LOCAL [!] --dst-type LOCAL``; an empty type is not asked, and never negated."""
 
     src: str = ""
     dst: str = ""
+    src_negated: bool = False
+    dst_negated: bool = False
 
 
 class Statistic(msgspec.Struct, frozen=True, gc=False):
@@ -107,13 +109,29 @@ class NfAcct(msgspec.Struct, frozen=True, gc=False):
     name: str
 
 
+class SetMatch(msgspec.Struct, frozen=True, gc=False):
+    """``-m set [!] --match-set N dst,dst``: each dimension of the set is taken from the packet's source or destination."""
+
+    name: str
+    dimensions: tuple[Literal["src", "dst"], ...]
+    negated: bool = False
+
+
+class FromBridgePort(msgspec.Struct, frozen=True, gc=False):
+    """``-m physdev [!] --physdev-is-in``: the packet came in through a port of a bridge and is still being bridged."""
+
+    negated: bool = False
+
+
 class OtherMatch(msgspec.Struct, frozen=True, gc=False):
     """A match of a rule that is not ours and that we only carry: its words as iptables-save printed them."""
 
     words: tuple[str, ...]
 
 
-Match: TypeAlias = Comment | Transport | ConnState | Mark | AddrType | Statistic | Recent | NfAcct | OtherMatch
+Match: TypeAlias = (
+    Comment | Transport | ConnState | Mark | AddrType | Statistic | Recent | NfAcct | SetMatch | FromBridgePort | OtherMatch
+)
 
 # -- targets ---------------------------------------------------------------------------------------------------------
 

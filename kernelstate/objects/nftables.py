@@ -75,7 +75,8 @@ Data: TypeAlias = Goto | Literal["drop", "accept"] | tuple[int, int] | None
 class NamedSet(msgspec.Struct, frozen=True):
     """A set or map without its elements. ``key`` gives the types; ``data`` empty is a set.
 
-    ``timeout`` in seconds; a ``dynamic`` set is filled by rules, so its elements are the kernel's, never ours.
+    ``timeout`` in seconds; a ``dynamic`` set is filled by rules, so its elements are the kernel's, never ours. The kernel cannot
+    alter a set, so a renderer gives another name to another set: what is declared under one name stays as it is.
     """
 
     name: str
@@ -145,7 +146,13 @@ class MarkIs(msgspec.Struct, frozen=True, gc=False):
     negated: bool = False
 
 
-Match: TypeAlias = CtState | CtStatus | InSet | AddressIs | InterfaceIs | FibLocal | ProtocolIs | MarkIs
+class Chance(msgspec.Struct, frozen=True, gc=False):
+    """``numgen random mod N 0``: true for one packet in N."""
+
+    modulus: int
+
+
+Match: TypeAlias = CtState | CtStatus | InSet | AddressIs | InterfaceIs | FibLocal | ProtocolIs | MarkIs | Chance
 
 # -- statements ------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from kernelstate.objects.netfilter import (
     Comment,
     ConnState,
     Dnat,
+    FromBridgePort,
     Jump,
     Mark,
     Masquerade,
@@ -26,6 +27,7 @@ from kernelstate.objects.netfilter import (
     OtherTarget,
     Recent,
     Reject,
+    SetMatch,
     SetXmark,
     Statistic,
     Target,
@@ -76,6 +78,10 @@ def _read_match(name: str, options: Words, family: Family) -> Match | None:
             return _recent(options, family)
         case "nfacct":
             return _nfacct(options)
+        case "set":
+            return _set(options)
+        case "physdev":
+            return _physdev(options)
         case _:
             return None
 
@@ -105,6 +111,15 @@ def _pairs(options: Words) -> dict[str, str]:
     if len(options) % 2 or any(not name.startswith("--") for name in options[::2]):
         raise ValueError(options)
     return dict(zip(options[::2], options[1::2], strict=True))
+
+
+def _positive(options: Words) -> Words:
+    """Return the options without the words ``!`` before them."""
+    return tuple(option for option in options if option != "!")
+
+
+def _is_negated(options: Words, option: str) -> bool:
+    return option in options[1:] and options[options.index(option) - 1] == "!"
 
 
 def _transport(name: str, options: Words) -> Match | None:
@@ -137,8 +152,13 @@ def _mark(options: Words) -> Match:
 
 
 def _addrtype(options: Words) -> Match | None:
-    pairs = _pairs(options)
-    match = AddrType(pairs.pop("--src-type", ""), pairs.pop("--dst-type", ""))
+    pairs = _pairs(_positive(options))
+    match = AddrType(
+        pairs.pop("--src-type", ""),
+        pairs.pop("--dst-type", ""),
+        _is_negated(options, "--src-type"),
+        _is_negated(options, "--dst-type"),
+    )
     return None if pairs else match
 
 
@@ -161,6 +181,21 @@ def _recent(options: Words, family: Family) -> Match | None:
     if flags == {"--rcheck", "--reap"} and pairs.keys() == {"--seconds"}:
         return Recent(list_name, set=False, seconds=int(pairs["--seconds"]))
     return None
+
+
+def _set(options: Words) -> Match | None:
+    """Read a set by name; options that read or change counters make it one we only carry."""
+    words = _positive(options)
+    if len(words) != 3 or words[0] != "--match-set":
+        return None
+    dimensions = words[2].split(",")
+    if not {"src", "dst"}.issuperset(dimensions):
+        return None
+    return SetMatch(words[1], cast("tuple[Literal['src', 'dst'], ...]", tuple(dimensions)), options[0] == "!")
+
+
+def _physdev(options: Words) -> Match | None:
+    return FromBridgePort(options[0] == "!") if _positive(options) == ("--physdev-is-in",) else None
 
 
 def _nfacct(options: Words) -> Match | None:

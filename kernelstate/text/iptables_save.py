@@ -26,6 +26,7 @@ from kernelstate.objects.netfilter import (
     Comment,
     ConnState,
     Dnat,
+    FromBridgePort,
     Jump,
     Mark,
     Masquerade,
@@ -36,6 +37,7 @@ from kernelstate.objects.netfilter import (
     Reject,
     Rule,
     Ruleset,
+    SetMatch,
     SetXmark,
     Statistic,
     Table,
@@ -211,14 +213,18 @@ def _mark(match: Mark) -> str:
 
 
 def _addr_type(match: AddrType) -> str:
-    src = f" --src-type {match.src}" if match.src else ""
-    dst = f" --dst-type {match.dst}" if match.dst else ""
+    src = f"{' !' if match.src_negated else ''} --src-type {match.src}" if match.src else ""
+    dst = f"{' !' if match.dst_negated else ''} --dst-type {match.dst}" if match.dst else ""
     return f" -m addrtype{src}{dst}"
 
 
 def _recent(match: Recent) -> str:
     what = "--set" if match.set else f"--rcheck --seconds {match.seconds} --reap"
     return f" -m recent --name {match.name} {what}"
+
+
+def _set_match(match: SetMatch) -> str:
+    return f" -m set{' !' if match.negated else ''} --match-set {match.name} {','.join(match.dimensions)}"
 
 
 def _other_match(match: OtherMatch) -> str:
@@ -233,6 +239,8 @@ _MATCHES: dict[type, Callable[[Any], str]] = {
     AddrType: _addr_type,
     Recent: _recent,
     NfAcct: lambda match: f" -m nfacct --nfacct-name {match.name}",
+    SetMatch: _set_match,
+    FromBridgePort: lambda match: f" -m physdev{' !' if match.negated else ''} --physdev-is-in",
     OtherMatch: _other_match,
 }
 

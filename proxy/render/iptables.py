@@ -16,6 +16,8 @@
     filter INPUT, FORWARD, OUTPUT -- KUBE-SERVICES, KUBE-EXTERNAL-SERVICES, KUBE-PROXY-FIREWALL
                                                    what has nobody to answer: REJECT or DROP
 
+NodePorts go through KUBE-FW-x as load balancers do where source ranges are to guard them too.
+
 This file writes what one entry contributes; ``iptables_program.py`` puts entries together and adds the fixed rules.
 Source: iptables-extensions(8); kube-proxy 1.36's rule set is the contract for names, order and shape (tests/golden).
 """
@@ -69,6 +71,7 @@ class EntryContext(msgspec.Struct, frozen=True):
     """The node's own addresses of the family: a load balancer that allows one of them allows its own VIP as source."""
     localhost_node_ports: bool
     endpoint_comments: bool
+    guard_node_ports: bool = False
 
 
 class EntryRules(msgspec.Struct, frozen=True):
@@ -146,7 +149,8 @@ class EntryWriter:
         self.internal = [f for f in entry.frontends if f.kind is Kind.CLUSTER_IP]
         self.has_external = len(self.internal) < len(entry.frontends)
         self.vips = [f for f in entry.frontends if f.kind is Kind.LOAD_BALANCER] if self.has_external else []
-        self.uses_firewall = bool(self.reachable and self.vips and entry.source_ranges)
+        self.guarded = self._guarded()
+        self.uses_firewall = bool(self.reachable and self.guarded)
         self.rules = EntryRules({}, {})
 
     def write(self) -> EntryRules:
@@ -166,6 +170,13 @@ class EntryWriter:
             self._endpoints()
         return self.rules
 
+    def _guarded(self) -> list[Frontend]:
+        """Return the frontends that only the source ranges may use."""
+        if not self.entry.source_ranges:
+            return []
+        guards_node_ports = self.context.guard_node_ports and self._node_ports_open
+        return [f for f in self.entry.frontends if f.kind is Kind.NODE_PORT and guards_node_ports] + self.vips
+
     # -- where packets come in ---------------------------------------------------------------------------------------
 
     def _dispatch(self, frontend: Frontend) -> None:
@@ -179,12 +190,12 @@ class EntryWriter:
         if frontend.kind is Kind.NODE_PORT and not self._node_ports_open:
             return
         if self.reachable:
-            chain = self.fw if frontend.kind is Kind.LOAD_BALANCER and self.uses_firewall else self.ext
+            chain = self.fw if frontend in self.guarded else self.ext
             table_chain = NODE_PORTS if frontend.kind is Kind.NODE_PORT else SERVICES
             self._share("nat", table_chain, self._to(frontend, Jump(chain)))
-        if frontend.kind is Kind.LOAD_BALANCER and self.uses_firewall:
+        if self.uses_firewall and frontend in self.guarded:
             text = f"{self.title} traffic not accepted by {self.fw}"
-            self._share("filter", PROXY_FIREWALL, self._to(frontend, Verdict.DROP, text))
+            self._share("filter", PROXY_FIREWALL, self._to_own(frontend, Verdict.DROP, text))
         if not self.entry.pool(frontend.kind):
             self._share("filter", EXTERNAL_SERVICES, self._refuse(frontend))
 
@@ -209,6 +220,10 @@ class EntryWriter:
         rejects = self.entry.on_empty is OnEmpty.REJECT
         target: Target = Reject() if rejects else Verdict.DROP
         text = f"{self.title} has no {'' if rejects else 'local '}endpoints"
+        return self._to_own(frontend, target, text)
+
+    def _to_own(self, frontend: Frontend, target: Target, text: str) -> Rule:
+        """Return the filter rule for what still has the frontend as destination; a NodePort's is any address of the node."""
         if frontend.kind is Kind.NODE_PORT:
             return self._to(frontend, target, text, AddrType(dst="LOCAL"))
         return self._to(frontend, target, text)

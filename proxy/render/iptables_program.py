@@ -9,9 +9,7 @@ Source of the fixed rules and of the order of jumps: kube-proxy 1.36, facts.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
-from itertools import chain as concat
 
 from clusterstate.snapshot import Name
 from kernelstate.objects.address import Family, Prefix
@@ -41,6 +39,7 @@ from proxy.render.iptables import (
     EntryRules,
     render_entry,
 )
+from proxy.render.iptables_shared import HEADS, SharedChain
 from proxy.settings import NodeFacts, ProxySettings, local_detector, node_port_scope
 from proxy.table import ServiceEntry, ServiceTable
 
@@ -60,7 +59,7 @@ CHAIN_NAMES = (
 )
 """Chains of ours with a fixed name."""
 
-CHAIN_PREFIXES = ("KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-SEP-")
+CHAIN_PREFIXES = ("KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-SEP-", *HEADS.values())
 """A chain whose name starts like this is ours."""
 
 
@@ -74,8 +73,7 @@ class IptablesProgram:
         self.chains: dict[ChainKey, tuple[Rule, ...]] = {}
         self._entries: dict[Name, tuple[ServiceEntry, ...]] = {}
         self._rendered: dict[Name, tuple[EntryRules, ...]] = {}
-        self._shared: dict[ChainKey, dict[Name, tuple[Rule, ...]]] = {}
-        self._order: dict[ChainKey, list[Name]] = {}
+        self._shared: dict[ChainKey, SharedChain] = {}
         self.endpoints = 0
         """Endpoints reachable through any Service, counted once a ServicePort."""
         self._contexts: dict[Family, EntryContext] = {}
@@ -83,8 +81,8 @@ class IptablesProgram:
         for family in self.families:
             self.chains.update(_fixed_chains(settings, family))
             for key in _shared_keys(family):
-                self._shared[key], self._order[key] = {}, []
-                self.chains[key] = self._assemble(key)
+                self._shared[key] = SharedChain(key, settings.dispatch_above)
+                self._settle(key)
 
     @property
     def ruleset(self) -> Ruleset:
@@ -110,14 +108,11 @@ class IptablesProgram:
         if self._make_contexts():
             todo |= dict.fromkeys(self._entries)
         changed: set[ChainKey] = set()
-        reassemble: set[ChainKey] = set()
+        touched: set[ChainKey] = set()
         for name in sorted(todo):
-            self._render(name, changed, reassemble)
-        for key in reassemble:
-            rules = self._assemble(key)
-            if rules != self.chains.get(key):
-                self.chains[key] = rules
-                changed.add(key)
+            self._render(name, changed, touched)
+        for key in sorted(touched):
+            changed |= self._settle(key)
         return changed
 
     def _make_contexts(self) -> bool:
@@ -136,16 +131,17 @@ class IptablesProgram:
             tuple(a for a in node.addresses if a.version == family),
             settings.localhost_node_ports,
             self.endpoints <= settings.large_cluster_endpoints,
+            settings.guard_node_ports,
         )
 
-    def _render(self, name: Name, changed: set[ChainKey], reassemble: set[ChainKey]) -> None:
+    def _render(self, name: Name, changed: set[ChainKey], touched: set[ChainKey]) -> None:
         before = self._rendered.pop(name, ())
         contexts = self._contexts
         after = tuple([render_entry(e, contexts[e.family]) for e in self._entries.get(name, ()) if e.family in contexts])
         if after:
             self._rendered[name] = after
         if not before:
-            self._add(name, after, changed, reassemble)
+            self._add(name, after, changed, touched)
             return
         old_chains, new_chains = _chains_of(before), _chains_of(after)
         for key in old_chains.keys() - new_chains.keys():
@@ -158,36 +154,33 @@ class IptablesProgram:
         old_shared, new_shared = _shared_of(before), _shared_of(after)
         for key in old_shared.keys() | new_shared.keys():
             if old_shared.get(key) != new_shared.get(key):
-                self._put_shared(key, name, new_shared.get(key))
-                reassemble.add(key)
+                self._shared[key].put(name, new_shared.get(key))
+                touched.add(key)
 
-    def _add(self, name: Name, rendered: tuple[EntryRules, ...], changed: set[ChainKey], reassemble: set[ChainKey]) -> None:
+    def _add(self, name: Name, rendered: tuple[EntryRules, ...], changed: set[ChainKey], touched: set[ChainKey]) -> None:
         """Take in a Service that was not there: nothing to compare with."""
         chains = _chains_of(rendered)
         self.chains.update(chains)
         changed.update(chains)
         for key, rules in _shared_of(rendered).items():
-            self._put_shared(key, name, rules)
-            reassemble.add(key)
+            self._shared[key].put(name, rules)
+            touched.add(key)
 
-    def _put_shared(self, key: ChainKey, name: Name, rules: tuple[Rule, ...] | None) -> None:
-        lines, order = self._shared[key], self._order[key]
-        if rules is None:
-            del lines[name]
-            del order[bisect_left(order, name)]
-        else:
-            if not order or order[-1] < name:
-                order.append(name)
-            elif name not in lines:
-                insort(order, name)
-            lines[name] = rules
-
-    def _assemble(self, key: ChainKey) -> tuple[Rule, ...]:
-        lines = self._shared[key]
-        rules = tuple(concat.from_iterable(map(lines.__getitem__, self._order[key])))
+    def _settle(self, key: ChainKey) -> set[ChainKey]:
+        """Write a chain of several Services and what is below it; returns the chains that differ now."""
+        own, below = self._shared[key].settle()
         if key.table == "nat" and key.name == SERVICES:
-            return rules + self._node_port_jumps(key.family)
-        return rules
+            own += self._node_port_jumps(key.family)
+        changed = set()
+        for written, rules in {key: own, **below}.items():
+            if rules == self.chains.get(written):
+                continue
+            changed.add(written)
+            if rules is None:
+                del self.chains[written]
+            else:
+                self.chains[written] = rules
+        return changed
 
     def _node_port_jumps(self, family: Family) -> tuple[Rule, ...]:
         """Return the tail of KUBE-SERVICES: what is not a Service's own address may be a NodePort."""

@@ -138,6 +138,7 @@ def settings(draw):
         interface_name_prefix="veth",
         node_port_addresses=draw(st.sampled_from([(), (), "primary", (Prefix.parse("192.168.0.0/16"),)])),
         large_cluster_endpoints=draw(st.sampled_from([1000, 3])),
+        dispatch_above=draw(st.sampled_from([500, 0, 1, 3])),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from nodeplane.commands import Failed
 def agent(tmp_path):
     """Make an agent over five Services, one object a file; yields it and their directory."""
     cluster.write_directory(tmp_path / "objects", 5)
-    stages = Stages()
+    stages = Stages("iptables")
     with stages.watching():
         measured = MeasuredAgent(tmp_path / "objects", "iptables", stages)
         yield measured, tmp_path / "objects"
@@ -62,7 +63,7 @@ def test_stages_leave_no_trace():
     """The stages' functions are what they were once nobody watches, also after a failure."""
     before = FileSource.poll
     with ExitStack() as stack:
-        stack.enter_context(Stages().watching())
+        stack.enter_context(Stages("iptables").watching())
         assert FileSource.poll is not before
         stack.callback(lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -94,7 +95,7 @@ def test_a_stated_size_is_compared_with_a_small_one(stated, sizes):
 
 def test_without_root_the_agent_is_measured_alone(monkeypatch, capsys):
     """Without root the kernel's part is left out, which stderr says, and the agent's part is there."""
-    monkeypatch.setattr(services_full, "may_use_kernel", lambda: False)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     rows = services_full.measure(Options(services=3), repeats=1)
     metrics = {row.metric for row in rows}
     assert {"work", "peak RSS", "text lines"} <= metrics

@@ -119,7 +119,7 @@ def test_machine_facts(tmp_path):
         ({"name": "nothing"}, "bench: must be one of services-change, "),
         ({"services": 0}, "--services: must be at least 1, is 0"),
         ({"name": "lab-up", "services": 5}, "--services: lab-up has nodes and pods"),
-        ({"name": "services-full", "mode": "ipvs"}, "--mode: must be one of iptables, is 'ipvs'"),
+        ({"name": "services-full", "mode": "ebpf"}, "--mode: must be one of iptables, ipvs, nftables, is 'ebpf'"),
     ],
 )
 def test_bad_usage(tmp_path, stated, words):

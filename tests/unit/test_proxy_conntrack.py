@@ -1,4 +1,4 @@
-"""Stale UDP flows are found on every way a backend can go, and nothing else is touched."""
+"""Stale flows are found on every way a backend can go, at once or after a time, and nothing else is touched."""
 
 from ipaddress import ip_address
 
@@ -6,7 +6,7 @@ import pytest
 
 from kernelstate.objects.address import Prefix
 from kernelstate.ports import ConntrackEntry
-from proxy.conntrack import StaleFlows
+from proxy.conntrack import Departures, StaleFlows
 from proxy.table import Backend, Frontend, Kind, PortName, ServiceEntry
 
 NODE_IP = "192.168.1.1"
@@ -87,3 +87,112 @@ def test_later_change_wins():
     second.note([dns()], [dns("10.244.2.7")])
     first.merge(second)
     assert first.select([VIA_CLUSTER_IP], LOCAL) == []
+
+
+# -- connections -----------------------------------------------------------------------------------------------------
+
+ALL = frozenset({"TCP", "UDP", "SCTP"})
+A, B, C = "10.244.2.7", "10.244.2.8", "10.244.2.9"
+
+
+def connection(answerer, destination="10.96.0.10", port=53, stage="open", protocol="tcp"):
+    """Make a tracked connection to the Service that is answered by a pod."""
+    return ConntrackEntry(
+        4, protocol, number("10.244.1.5"), number(destination), 40000, port, number(answerer), 53, stage=stage
+    )
+
+
+def change(before, after, protocol="TCP"):
+    """Return what is noted when the Service's endpoints change; None is no Service."""
+    stale = StaleFlows(ALL)
+    entries = [[] if pods is None else [dns(*pods, protocol=protocol)] for pods in (before, after)]
+    stale.note(*entries)
+    return stale
+
+
+def due(departures, now, *tracked):
+    """Return the pods whose connections are due."""
+    flows = tracked or [connection(pod) for pod in (A, B, C)]
+    return [str(ip_address(f.reply_source)) for f in departures.select(flows, LOCAL, now)]
+
+
+@pytest.mark.parametrize("protocol", ["TCP", "SCTP"])
+def test_connections_are_due_after_their_time(protocol):
+    """Each backend's connections are due a while after it went; those of one that serves, or came back, or is unknown are not."""
+    flows = [connection(pod, protocol=protocol.lower()) for pod in (A, B, C)]
+    departures = Departures(30)
+    assert departures.next_due is None
+    departures.take(change([A, B, C], [B, C], protocol), now=100)
+    departures.take(change([B, C], [C], protocol), now=110)
+    assert departures.next_due == 130
+    assert due(departures, 129, *flows) == []
+    assert departures.kinds(129) == []
+    assert departures.kinds(130) == [(4, protocol.lower())]
+    assert due(departures, 130, *flows) == [A]
+    departures.done(130)
+    assert departures.next_due == 140
+    departures.take(change([C], [B, C], protocol), now=135)
+    assert departures.next_due is None
+    assert due(departures, 200, *flows) == []
+
+
+def test_who_goes_again_goes_later():
+    """A backend that comes back and goes again has its time anew."""
+    departures = Departures(30)
+    departures.take(change([A, B], [B]), now=100)
+    departures.take(change([B], [A, B]), now=110)
+    departures.take(change([A, B], [B]), now=120)
+    assert due(departures, 149) == []
+    assert due(departures, 150) == [A]
+
+
+@pytest.mark.parametrize("after", [[], None], ids=["no endpoint", "no Service"])
+def test_connections_of_a_service_that_goes(after):
+    """Where the last endpoint goes, or the Service itself, the connections to its backends are due."""
+    departures = Departures(0)
+    departures.take(change([A, B], after), now=100)
+    assert due(departures, 100) == [A, B]
+
+
+def test_connections_that_are_never_due():
+    """What is over, what never was translated, and what goes to the same port elsewhere is left alone; a NodePort is not."""
+    departures = Departures(0)
+    departures.take(change([A], []), now=100)
+    spared = [
+        connection(A, stage="over"),
+        connection("10.96.0.10"),
+        connection(A, "198.51.100.9", 30053),
+        connection(A, protocol="sctp"),
+    ]
+    assert departures.select(spared, LOCAL, 100) == []
+    assert due(departures, 100, connection(A, NODE_IP, 30053), connection(A, stage="opening")) == [A, A]
+
+
+def test_after_a_restart_whoever_does_not_serve_went_then():
+    """A restarted agent takes all who do not serve as gone since it started, and forgets that once it is done."""
+    stale = StaleFlows(ALL)
+    stale.note_all({("kube-system", "dns"): (dns(A, protocol="TCP"),)})
+    departures = Departures(30)
+    departures.take(stale, now=100)
+    assert due(departures, 129) == []
+    assert due(departures, 130) == [B, C]
+    departures.done(130)
+    assert (departures.next_due, due(departures, 1000)) == (None, [])
+
+
+def test_merged_changes_of_connections():
+    """Two changes taken in as one lead to the same as one after the other."""
+    first, second = change([A, B, C], [C]), change([C], [B])
+    first.merge(second)
+    departures = Departures(0)
+    departures.take(first, now=100)
+    assert due(departures, 100) == [A, C]
+
+
+def test_connections_are_not_looked_at_unless_asked():
+    """By default a change of a TCP Service is not even noted."""
+    stale = StaleFlows()
+    stale.note([dns(A, protocol="TCP")], [])
+    departures = Departures(0)
+    departures.take(stale, now=100)
+    assert (bool(stale), departures.next_due) == (False, None)

@@ -1,0 +1,231 @@
+"""A node between two links, and TCP packets made in the kernel that come in through one and should leave through the other.
+
+          node namespace                                          far namespace: nobody answers here
+    generate --> in  ================================ in-far  --> count, drop      clients 10.240.0.0/16
+                  | conntrack, NAT, filter, routing                                 (pods of other nodes, to the node)
+                 out ================================ out-far --> count, drop      endpoints, everything else
+
+What is programmed in the node is the caller's business. The cost of a run is the CPU time of the thread that injects, from the
+frame's making to its being counted behind the node; ``Sent`` also says how many arrived where they should, for a packet that
+was lost or went elsewhere costs something else.
+
+Packets are real enough for conntrack: sequence numbers and checksums fit, so ``establish`` leaves a flow that is ESTABLISHED, as
+TCP's handshake does. Not measured: making the socket buffer on a real network card, checksum offload, segmentation offload.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import struct
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import msgspec
+
+from bench.bpf import BpfObject, build
+from kernelstate.linux import netns
+
+SOURCE = Path(__file__).parent / "injector" / "flows.bpf.c"
+PLAN = struct.Struct("=54sBxIIII4096s")
+DESTINATIONS = 1024
+SEEN = struct.Struct("=QQIIII")
+_FRAME = 54
+
+IN_MAC, IN_FAR_MAC, OUT_MAC, OUT_FAR_MAC = ("02:4e:50:00:00:0" + digit for digit in "1234")
+FIRST_CLIENT = int(IPv4Address("10.240.1.0"))
+SYN, SYN_ACK, ACK = 0x02, 0x12, 0x10
+_CLIENT_SEQUENCE, _SERVER_SEQUENCE = 1_000_000, 2_000_000
+_DELAY = 1.0
+"""Seconds until packets on their way are given up."""
+
+
+class Target(msgspec.Struct, frozen=True):
+    """Where packets are sent, and where they should arrive: at an address from ``first`` to ``last`` and a port.
+
+    New flows take up to 1,024 ``addresses`` in turn.
+    """
+
+    addresses: tuple[int, ...]
+    port: int
+    first: int
+    last: int
+    arrival_port: int
+
+
+class Sent(msgspec.Struct, frozen=True):
+    """One run: CPU time in nanoseconds, packets sent, arrived where they should, and arrived anywhere else."""
+
+    cpu: int
+    packets: int
+    arrived: int
+    elsewhere: int
+
+    @property
+    def lost(self) -> int:
+        """Packets that did not arrive where they should."""
+        return self.packets - self.arrived
+
+    @property
+    def each(self) -> float:
+        """Nanoseconds a packet."""
+        return self.cpu / self.packets
+
+
+class Road(msgspec.Struct, frozen=True):
+    """The two namespaces, by name."""
+
+    node: str
+    far: str
+
+
+@contextlib.contextmanager
+def open_road(injector: Injector, address: str) -> Iterator[Road]:
+    """Make a node with that own address (``192.168.60.1/32``) between two links; gone afterwards. Raises KernelRefusedError."""
+    name = f"np-bench-{os.getpid()}-{secrets.token_hex(3)}"
+    with contextlib.ExitStack() as undo:
+        road = Road(f"{name}-n", f"{name}-f")
+        for one in (road.node, road.far):
+            netns.create(one)
+            undo.callback(netns.delete, one)
+        netns.run(road.node, ["ip", "-batch", "-"], stdin=_links(road, address))
+        netns.run(road.far, ["ip", "-batch", "-"], stdin="link set in-far up\nlink set out-far up\n")
+        with netns.inside(road.node):
+            for setting in ("ip_forward", "conf/in/forwarding", "conf/out/forwarding"):
+                Path(f"/proc/sys/net/ipv4/{setting}").write_text("1", encoding="ascii")
+            for link in ("all", "in", "out"):
+                Path(f"/proc/sys/net/ipv4/conf/{link}/rp_filter").write_text("0", encoding="ascii")
+        with netns.inside(road.far):
+            for link in ("in-far", "out-far"):
+                injector.attach(link)
+        yield road
+
+
+def _links(road: Road, address: str) -> str:
+    """Return the ``ip -batch`` text for the node's namespace. Neighbours are permanent: nobody answers ARP."""
+    return f"""\
+link add in address {IN_MAC} type veth peer name in-far address {IN_FAR_MAC} netns {road.far}
+link add out address {OUT_MAC} type veth peer name out-far address {OUT_FAR_MAC} netns {road.far}
+link set in up
+link set out up
+address add {address} dev out
+neighbour add 10.254.0.1 lladdr {IN_FAR_MAC} nud permanent dev in
+neighbour add 10.254.0.2 lladdr {OUT_FAR_MAC} nud permanent dev out
+route add 10.240.0.0/16 via 10.254.0.1 dev in onlink
+route add default via 10.254.0.2 dev out onlink
+"""
+
+
+class Injector:
+    """Makes packets and counts them; use ``open_injector``. One run at a time."""
+
+    def __init__(self, program: BpfObject) -> None:
+        self._program = program
+        self._flow = 0
+        """Number of the next flow that nobody has used: 256 source addresses with 64,000 ports each."""
+
+    def attach(self, link: str) -> None:
+        """Count and drop what comes in through a link of the current network namespace."""
+        self._program.attach_ingress("count", link)
+
+    def new_flows(self, road: Road, target: Target, count: int) -> Sent:
+        """Send the first packet of ``count`` connections, each from another client or port."""
+        frame = _segment(IN_MAC, target.port, SYN, (_CLIENT_SEQUENCE, 0))
+        sent = self._send(road, "in", Plan(frame, self._flow, varies=True), target, count)
+        self._flow += count
+        return sent
+
+    def establish(self, road: Road, target: Target) -> int:
+        """Do a TCP handshake from the next client to ``target`` and back; return the flow's number. Raises RuntimeError."""
+        number, self._flow = self._flow, self._flow + 1
+        first = _segment(IN_MAC, target.port, SYN, (_CLIENT_SEQUENCE, 0))
+        _arrived(self._send(road, "in", Plan(first, number), target, 1), "SYN")
+        *_, endpoint = SEEN.unpack(self._program.read("sightings", SEEN.size))
+        client, port = _client(number)
+        answer = _segment(OUT_MAC, port, SYN_ACK, (_SERVER_SEQUENCE, _CLIENT_SEQUENCE + 1))
+        plan = Plan(answer, (target.arrival_port - 1024) << 8, first_source=endpoint)
+        _arrived(self._send(road, "out", plan, Target((client,), port, client, client, port), 1), "SYN, ACK")
+        _arrived(self.established(road, target, number, 1), "ACK")
+        return number
+
+    def established(self, road: Road, target: Target, number: int, count: int) -> Sent:
+        """Send ``count`` packets of one flow that ``establish`` made."""
+        frame = _segment(IN_MAC, target.port, ACK, (_CLIENT_SEQUENCE + 1, _SERVER_SEQUENCE + 1))
+        return self._send(road, "in", Plan(frame, number), target, count)
+
+    def _send(self, road: Road, link: str, plan: Plan, target: Target, count: int) -> Sent:
+        self._program.write("plans", plan.pack(target.addresses))
+        self._program.write("sightings", SEEN.pack(0, 0, target.first, target.last, target.arrival_port, 0))
+        with netns.inside(road.node):
+            cpu = self._program.inject("generate", link, _FRAME, count)
+        until = time.monotonic() + _DELAY
+        while True:
+            arrived, elsewhere, *_ = SEEN.unpack(self._program.read("sightings", SEEN.size))
+            if arrived + elsewhere >= count or time.monotonic() > until:
+                return Sent(cpu, count, arrived, elsewhere)
+            time.sleep(0.001)  # ksoftirqd has the rest; the count is read again until it is complete or given up
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What ``generate`` is told: a frame without addresses, and where sources come from."""
+
+    frame: bytes
+    flow: int
+    varies: bool = False
+    first_source: int = FIRST_CLIENT
+
+    def pack(self, destinations: Sequence[int]) -> bytes:
+        """Return ``struct plan``: the frame, the sums over its IP header and over TCP's, and where to, over and over."""
+        ip, tcp = self.frame[14:34], self.frame[34:]
+        pseudo = struct.pack("!HH", socket.IPPROTO_TCP, len(tcp))
+        addresses = [destinations[i % len(destinations)] for i in range(DESTINATIONS)]
+        return PLAN.pack(
+            self.frame,
+            self.varies,
+            _sum(ip),
+            _sum(pseudo + tcp),
+            self.first_source,
+            self.flow,
+            struct.pack(f"!{DESTINATIONS}I", *addresses),
+        )
+
+
+@contextlib.contextmanager
+def open_injector() -> Iterator[Injector]:
+    """Build and load the generator and the sink. Raises MissingFeatureError, KernelRefusedError."""
+    with (
+        tempfile.TemporaryDirectory(prefix="nodeplane-bench-") as directory,
+        BpfObject(build(SOURCE, Path(directory))) as program,
+    ):
+        yield Injector(program)
+
+
+def _client(number: int) -> tuple[int, int]:
+    """Return address and port of a flow, as ``generate`` makes them."""
+    return FIRST_CLIENT + (number & 0xFF), 1024 + (number >> 8) % 64_000
+
+
+def _arrived(sent: Sent, what: str) -> None:
+    if sent.lost:
+        raise RuntimeError(f"the handshake's {what} did not arrive where it should")
+
+
+def _segment(mac: str, port: int, flags: int, numbers: tuple[int, int]) -> bytes:
+    """Return an Ethernet frame with an empty TCP segment to a port; addresses, source port and checksums are zero.
+
+    ``numbers`` are those of sequence and acknowledgment.
+    """
+    ethernet = bytes.fromhex(mac.replace(":", "")) + b"\x02\x4e\x50\0\0\x09" + b"\x08\x00"
+    ip = struct.pack("!BBHHHBBHII", 0x45, 0, 40, 0, 0x4000, 64, 6, 0, 0, 0)
+    tcp = struct.pack("!HHIIBBHHH", 0, port, *numbers, 5 << 4, flags, 65_535, 0, 0)
+    return ethernet + ip + tcp
+
+
+def _sum(data: bytes) -> int:
+    """Return the sum of 16-bit words as they lie in memory, not folded (RFC 1071)."""
+    return sum(struct.unpack(f"={len(data) // 2}H", data))
