@@ -77,6 +77,8 @@ class FileSource:
             require(root)
             try:
                 self._watch.anchor(root)
+                if os.path.isdir(root):
+                    self._watch.add_directory(root)  # before anything is read: what is written meanwhile is then news
                 self._read_generation(root)  # before the files: what it numbers must be among them
                 found = self._list(root) if os.path.isdir(root) else [root]
             except OSError as error:

@@ -191,6 +191,12 @@ def test_changes_and_kills(make_netns, tmp_path, mode):
     run_changes(make_netns, tmp_path, mode, CHANGES, KILLS)
 
 
+@pytest.mark.ipvs
+def test_changes_and_kills_in_ipvs(make_netns, tmp_path):
+    """The same in IPVS mode, with fewer changes: where the kernel has no IPVS this runs in a slow machine."""
+    run_changes(make_netns, tmp_path, "ipvs", 80, 5)
+
+
 def run_changes(make_netns, tmp_path, mode, changes, kills):
     """Do it in one mode."""
     draw = random.Random(36)

@@ -15,7 +15,7 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Raw
-from service_node import NODE_IPS, OUTSIDE_IPS, ServiceNode, eventually, pod_ip
+from service_node import NODE_IPS, OUTSIDE_IPS, TIMEOUT, ServiceNode, eventually, pod_ip
 
 from kernelstate.linux import netns
 
@@ -137,11 +137,23 @@ STORIES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["iptables"])
+@pytest.mark.parametrize("mode", ["iptables", "nftables"])
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("story", STORIES.values(), ids=STORIES)
 def test_no_datagram_to_a_removed_pod(rig, mode, family, story):
     """Of what clients send to ClusterIP and NodePort after a sync nothing reaches a pod that is no endpoint, and some an endpoint."""
+    tell(rig, mode, family, story)
+
+
+@pytest.mark.ipvs
+@pytest.mark.parametrize("story", list(STORIES.values())[:2], ids=list(STORIES)[:2])
+def test_no_datagram_to_a_removed_pod_in_ipvs(rig, story):
+    """The same where IPVS has a table of flows of its own."""
+    tell(rig, "ipvs", 4, story, seconds=60.0)
+
+
+def tell(rig, mode, family, story, seconds=TIMEOUT):
+    """Program the chapters of a story, one after the other, while clients send; then see who heard what."""
     node = ProgrammedNode(rig, mode)
     pods = Pods(rig)
     addresses = {pod: pod_ip(pod, family) for pod in PODS}
@@ -153,9 +165,11 @@ def test_no_datagram_to_a_removed_pod(rig, mode, family, story):
             clients.round = number  # what is sent from here on was sent after the sync
             before = clients.sent
             expected[number] = set(members or ())
-            eventually(lambda before=before: pods.take() and clients.sent >= before + 90)
+            eventually(lambda before=before: pods.take() and clients.sent >= before + 90, seconds)
             if members:
-                eventually(lambda number=number: pods.take() and sum(r.get(number, 0) for r in pods.heard.values()) > 60)
+                eventually(
+                    lambda number=number: pods.take() and sum(r.get(number, 0) for r in pods.heard.values()) > 60, seconds
+                )
         pods.take()
     for pod, rounds in pods.heard.items():
         for number in rounds.keys() - {0}:

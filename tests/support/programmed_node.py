@@ -100,10 +100,19 @@ class ProgrammedNode:
         desired = self.pipeline.update(Update(snapshot, None), FACTS)
         self.flows.take(desired.stale, time.monotonic())
         with netns.inside(self.rig.node):
+            for name, value in desired.services.sysctls:
+                sysctl.write(name, value)
             self.kernel.set_desired(desired)
             reports = self.kernel.sync()
         assert all(report.ok for report in reports), reports
         self.end_flows()
+
+    def look(self) -> bool:
+        """Do what the agent does each second: see whether something is due, and if so do it."""
+        with netns.inside(self.rig.node):
+            if self.kernel.drifted():
+                assert all(report.ok for report in self.kernel.sync())
+        return True
 
     def end_flows(self) -> int:
         """End the flows that are due; return how many."""

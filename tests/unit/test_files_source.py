@@ -223,6 +223,23 @@ def test_a_generation_is_echoed_with_all_that_preceded_it(objects, follow):
     assert source.poll().generation == ""
 
 
+def test_a_generation_written_during_the_first_read_is_news(objects, follow, monkeypatch):
+    """What is written after ``.generation`` was read, and before the directory is listed, is found by the next poll."""
+    (objects / ".generation").write_text("7\n")
+    read = files.FileSource._read_generation
+
+    def then_write(source, root):
+        read(source, root)
+        monkeypatch.setattr(files.FileSource, "_read_generation", read)
+        (objects / ".new").write_text("8\n")
+        (objects / ".new").rename(objects / ".generation")
+
+    monkeypatch.setattr(files.FileSource, "_read_generation", then_write)
+    source, update = follow(objects)
+    assert update.generation == "7"
+    assert source.poll().generation == "8"
+
+
 def test_a_generation_ends_the_wait_after_deletions(objects, follow, monkeypatch):
     """A writer that deletes a file and says so is not waited for."""
     write(objects / "a.json", namespace("a"))
