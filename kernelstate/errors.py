@@ -11,7 +11,7 @@ class MissingFeatureError(KernelStateError):
     """This kernel or this host lacks something; ``feature`` names it as the probe does."""
 
     def __init__(self, feature: str, detail: str = "") -> None:
-        self.feature = feature
+        self.feature, self.detail = feature, detail
         super().__init__(f"{feature} is not available here" + (f": {detail}" if detail else ""))
 
 

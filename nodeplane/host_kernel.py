@@ -98,15 +98,18 @@ def _nftables() -> NftablesReconciler:
 def _ipvs(settings: ProxySettings) -> tuple[IpvsParts, int]:
     """Return the parts of mode ``ipvs``, and the descriptor of address events. Raises MissingFeatureError."""
     from kernelstate.linux.ipset import LinuxIpset, has_ipset  # noqa: PLC0415
-    from kernelstate.linux.ipvs import LinuxIpvs  # noqa: PLC0415
+    from kernelstate.linux.ipvs import LinuxIpvs, load_scheduler  # noqa: PLC0415
     from kernelstate.linux.service_addresses import LinuxServiceAddresses  # noqa: PLC0415
     from kernelstate.reconcile_addresses import AddressReconciler  # noqa: PLC0415
     from kernelstate.reconcile_ipvs import IpvsReconciler  # noqa: PLC0415
     from kernelstate.reconcile_sets import IpsetReconciler  # noqa: PLC0415
+    from proxy.render.ipvs import CONSISTENT  # noqa: PLC0415
 
     servers = LinuxIpvs()
     if not has_ipset():
         raise MissingFeatureError(Feature.IPSET)
+    for scheduler in sorted({settings.scheduler, CONSISTENT}):
+        load_scheduler(scheduler)
     servers.set_timeouts(*settings.ipvs_timeouts)
     link = LinuxServiceAddresses(LINK)
     addresses = AddressReconciler(link)

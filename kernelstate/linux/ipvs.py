@@ -12,10 +12,12 @@ IPv4 only).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import struct
+import subprocess
 from collections.abc import Collection, Sequence
 
 from kernelstate.diff_ipvs import IpvsChange
@@ -27,6 +29,7 @@ from kernelstate.objects.ipvs import IpvsProtocol, RealServer, ServerKey, Virtua
 from kernelstate.reconcile_ipvs import SeenReal
 
 FAMILY, VERSION = "IPVS", 1
+MODPROBE_SECONDS = 30.0
 NEW_SERVICE, SET_SERVICE, DEL_SERVICE, GET_SERVICE, NEW_DEST, SET_DEST, DEL_DEST, GET_DEST = range(1, 9)
 SET_CONFIG, GET_CONFIG, GET_INFO = 12, 13, 15
 ATTR_SERVICE, ATTR_DEST = 1, 2
@@ -165,7 +168,7 @@ class LinuxIpvs:
         try:
             self._socket = GenericSocket(FAMILY, VERSION)
         except MissingFeatureError as error:
-            raise MissingFeatureError(Feature.IPVS, str(error)) from error
+            raise MissingFeatureError(Feature.IPVS, error.detail) from error
         self._counter = socket.socket(socket.AF_INET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW)
 
     def close(self) -> None:
@@ -230,6 +233,16 @@ def has_ipvs() -> bool:
     except KernelStateError:
         return False
     return True
+
+
+def load_scheduler(name: str) -> None:
+    """Load a scheduler's module if it is one; whether the kernel has the scheduler is told when it is asked for.
+
+    Left to itself IPVS loads it while holding its own lock. Modules that keep something for each network namespace (``lblc``,
+    ``lblcr``) then wait for a namespace that is just being taken down, and that waits for IPVS' lock: seen with Linux 6.1.
+    """
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        subprocess.run(["modprobe", "-q", f"ip_vs_{name}"], check=False, capture_output=True, timeout=MODPROBE_SECONDS)
 
 
 def _judged(change: IpvsChange, code: int) -> str:

@@ -123,6 +123,8 @@ class IpvsContext(msgspec.Struct, frozen=True):
         )
 
 
+CONSISTENT = "mh"
+"""The scheduler of Services with consistent hashing: Maglev, the same on every node."""
 _HASHING = frozenset({"sh", "mh"})
 _NEVER = [Prefix.parse("127.0.0.0/8"), Prefix.parse("::1/128"), Prefix.parse("fe80::/10")]
 
@@ -276,7 +278,7 @@ class EntryWriter:
 
 def _server(entry: ServiceEntry, context: IpvsContext, reals: tuple[RealServer, ...]) -> VirtualServer:
     if entry.consistent:  # by the client's address alone: whatever port it comes from, it meets the same endpoint
-        return VirtualServer("mh", reals, entry.affinity_seconds)
+        return VirtualServer(CONSISTENT, reals, entry.affinity_seconds)
     return VirtualServer(context.scheduler, reals, entry.affinity_seconds, context.by_port)
 
 

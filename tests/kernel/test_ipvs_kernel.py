@@ -18,7 +18,7 @@ from kernelstate.linux import netns as namespaces
 from kernelstate.linux import sysctl
 from kernelstate.linux.ipset import LinuxIpset
 from kernelstate.linux.iptables import IptablesPort
-from kernelstate.linux.ipvs import LinuxIpvs
+from kernelstate.linux.ipvs import LinuxIpvs, load_scheduler
 from kernelstate.linux.service_addresses import LinuxServiceAddresses
 from kernelstate.objects.address import Prefix
 from kernelstate.objects.ipvs import RealServer, ServerKey, VirtualServer
@@ -45,10 +45,16 @@ class IpvsNode:
     def __init__(self, space):
         self.space = space
         with namespaces.inside(space):
-            addresses = AddressReconciler(LinuxServiceAddresses(LINK))
+            self._ports = (LinuxServiceAddresses(LINK), LinuxIpvs())
+            addresses = AddressReconciler(self._ports[0])
             sets = IpsetReconciler(LinuxIpset(), Ownership(prefixes=("KUBE-",)))
-            self.parts = IpvsParts(sets, IpvsReconciler(LinuxIpvs(), addresses.addresses), addresses)
+            self.parts = IpvsParts(sets, IpvsReconciler(self._ports[1], addresses.addresses), addresses)
             self.rules = NetfilterReconciler(IptablesPort("nft"), OWNERSHIP)
+
+    def close(self):
+        """Close its sockets."""
+        for port in self._ports:
+            port.close()
 
     def program(self, rendered):
         """Write a rendered program; return how many changes that took."""
@@ -85,8 +91,7 @@ def test_ipvs_kernel_meets_oracle(make_netns, family):
         table = compile_table(snapshot, NODE)
         rendered = render_ipvs(table, config, NODE)
         kernel.program(rendered)
-        held = parse_servers(namespaces.run(node, ["ipvsadm", "-S", "-n"]))
-        quiet = {key: without_quiet(server) for key, server in held.items()}
+        quiet = {key: without_quiet(server) for key, server in held_servers(node).items()}
         assert quiet == rendered.servers
         saved = re.sub(r" (initval|bucketsize) \S+", "", namespaces.run(node, ["ipset", "save"]))
         assert sorted(line for line in saved.splitlines() if line.startswith("add")) == sorted(
@@ -97,6 +102,7 @@ def test_ipvs_kernel_meets_oracle(make_netns, family):
     try:
         check()
     finally:
+        kernel.close()
         wire.close()
 
 
@@ -106,51 +112,62 @@ def without_quiet(server):
     return VirtualServer(server.scheduler, kept, server.timeout, server.by_port)
 
 
-def test_only_what_changed_is_written(netns):
+@pytest.fixture
+def ipvs(in_netns):
+    """Yield IPVS of a namespace, in which the test runs."""
+    port = LinuxIpvs()
+    yield port
+    port.close()
+
+
+def held_servers(space):
+    """Return what the kernel holds, as ipvsadm tells it."""
+    return parse_servers(namespaces.run(space, ["ipvsadm", "-S", "-n"]))
+
+
+def test_only_what_changed_is_written(ipvs, in_netns):
     """A second sync writes nothing, one more endpoint is one message, and a restarted agent finds everything in order."""
     keys = [ServerKey(4, "tcp", 0x0A600000 + n, 80) for n in range(20)]
     state = {key: VirtualServer("rr", (RealServer(0x0AF40102, 8080), RealServer(0x0AF40103, 8080))) for key in keys}
     held = {Prefix(4, key.address, 32) for key in keys}
-    with namespaces.inside(netns):
-        first = IpvsReconciler(LinuxIpvs(), lambda: held)
-        first.set_desired(state)
-        assert (first.sync().changed, first.sync().changed) == (60, 0)
-        state[keys[3]] = VirtualServer("rr", (*state[keys[3]].real_servers, RealServer(0x0AF40104, 8080)))
-        first.set_desired(state, {keys[3]})
-        assert first.sync().changed == 1
-        second = IpvsReconciler(LinuxIpvs(), lambda: held)
-        second.set_desired(state)
-        assert second.sync().changed == 0
-        namespaces.run(netns, ["ipvsadm", "-C"])
-        assert second.drifted()
-        assert second.sync().changed == 61
-        assert second.cleanup().changed == 20
-    assert namespaces.run(netns, ["ipvsadm", "-S", "-n"]) == ""
+    first = IpvsReconciler(ipvs, lambda: held)
+    first.set_desired(state)
+    assert (first.sync().changed, first.sync().changed) == (60, 0)
+    state[keys[3]] = VirtualServer("rr", (*state[keys[3]].real_servers, RealServer(0x0AF40104, 8080)))
+    first.set_desired(state, {keys[3]})
+    assert first.sync().changed == 1
+    second = IpvsReconciler(ipvs, lambda: held)
+    second.set_desired(state)
+    assert second.sync().changed == 0
+    namespaces.run(in_netns, ["ipvsadm", "-C"])
+    assert second.drifted()
+    assert second.sync().changed == 61
+    assert second.cleanup().changed == 20
+    assert held_servers(in_netns) == {}
 
 
 @pytest.mark.parametrize("scheduler", ["rr", "wrr", "lc", "wlc", "lblc", "lblcr", "sh", "dh", "sed", "nq", "mh"])
-def test_any_scheduler(netns, scheduler):
+def test_any_scheduler(ipvs, in_netns, scheduler):
     """Whatever scheduler this kernel has can be asked for; hashing ones take the port along where that is asked too."""
     key = ServerKey(4, "udp", 0x0A600001, 53)
     by_port = scheduler in {"sh", "mh"}
+    load_scheduler(scheduler)
     state = {key: VirtualServer(scheduler, (RealServer(0x0AF40102, 53),), by_port=by_port)}
-    with namespaces.inside(netns):
-        reconciler = IpvsReconciler(LinuxIpvs())
-        reconciler.set_desired(state)
-        assert reconciler.sync().ok
-    assert parse_servers(namespaces.run(netns, ["ipvsadm", "-S", "-n"])) == state
+    reconciler = IpvsReconciler(ipvs)
+    reconciler.set_desired(state)
+    assert reconciler.sync().ok
+    assert held_servers(in_netns) == state
 
 
-def test_unknown_scheduler_is_named(netns):
+def test_unknown_scheduler_is_named(ipvs, in_netns):
     """A scheduler that the kernel does not have is an error that names it, and does not keep the others from being written."""
     good, bad = (ServerKey(4, "tcp", 0x0A600001, port) for port in (80, 81))
-    with namespaces.inside(netns):
-        reconciler = IpvsReconciler(LinuxIpvs())
-        reconciler.set_desired({good: VirtualServer("rr", ()), bad: VirtualServer("best", ())})
-        errors = reconciler.sync().errors
+    reconciler = IpvsReconciler(ipvs)
+    reconciler.set_desired({good: VirtualServer("rr", ()), bad: VirtualServer("best", ())})
+    errors = reconciler.sync().errors
     assert len(errors) == 1
     assert "best" in errors[0]
-    assert list(parse_servers(namespaces.run(netns, ["ipvsadm", "-S", "-n"]))) == [good]
+    assert list(held_servers(in_netns)) == [good]
 
 
 def test_connections_end_in_their_own_time(make_netns):
@@ -182,10 +199,9 @@ def test_connections_end_in_their_own_time(make_netns):
 
 def weights(space):
     """Return the weight of each real server, by its address."""
-    held = parse_servers(namespaces.run(space, ["ipvsadm", "-S", "-n"]))
     return {
-        str(pod): real.weight
-        for server in held.values()
+        pod: real.weight
+        for server in held_servers(space).values()
         for real in server.real_servers
         for pod in [".".join(str(real.address >> s & 255) for s in (24, 16, 8, 0))]
     }

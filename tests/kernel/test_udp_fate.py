@@ -37,6 +37,7 @@ class Senders:
     def __init__(self, rig, family):
         self.round = 0
         self.sent = 0
+        self._sending = -1
         self._stop = threading.Event()
         self._sockets = []
         self._frames = [
@@ -67,13 +68,19 @@ class Senders:
         for one in self._sockets:
             one.close()
 
+    def begin(self, number, seconds):
+        """Send datagrams of this round from now on; returns once the last of the round before is on its wire."""
+        self.round = number
+        eventually(lambda: self._sending == number, seconds)
+
     def _run(self):
         made = {}
         while not self._stop.wait(INTERVAL):
-            if self.round not in made:
-                payload = Raw(b"round %06d" % self.round)
-                made[self.round] = [(wire, bytes(frame / payload)) for wire, frame in self._frames]
-            for wire, frame in made[self.round]:
+            number = self._sending = self.round
+            if number not in made:
+                payload = Raw(b"round %06d" % number)
+                made[number] = [(wire, bytes(frame / payload)) for wire, frame in self._frames]
+            for wire, frame in made[number]:
                 with contextlib.suppress(OSError):
                     wire.send(frame)
                     self.sent += 1
@@ -161,8 +168,9 @@ def tell(rig, mode, family, story, seconds=TIMEOUT):
     with contextlib.closing(node), contextlib.closing(pods), Senders(rig, family) as clients:
         for number, members in enumerate(story, 1):
             present = [] if members is None else [(DNS[family], [addresses[pod] for pod in members])]
+            clients.begin(0, seconds)  # while the node changes, either state may answer
             node.program(*present)
-            clients.round = number  # what is sent from here on was sent after the sync
+            clients.begin(number, seconds)  # what is sent from here on was sent after the sync
             before = clients.sent
             expected[number] = set(members or ())
             eventually(lambda before=before: pods.take() and clients.sent >= before + 90, seconds)
