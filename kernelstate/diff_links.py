@@ -91,7 +91,7 @@ def _link_changes(desired: LinkState, observed: LinkState) -> Sequence[LinkChang
         found = have.pop(link.name, None)
         if found is None:
             changes.append(LinkChange("create", link))
-        elif found.vxlan != link.vxlan:
+        elif found.kind != link.kind:
             changes += [LinkChange("delete", found), LinkChange("create", link)]
         elif found != link:
             changes.append(LinkChange("set", link, found))

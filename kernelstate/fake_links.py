@@ -83,8 +83,8 @@ class FakeLinks:
             there = key_of(obj) in self.objects
             if there and change.verb == "create":
                 return "File exists"
-            if obj.vxlan is not None and obj.vxlan.underlay and ("link", obj.vxlan.underlay) not in self.objects:
-                return f"no link {obj.vxlan.underlay} to carry it"
+            if obj.underlay and ("link", obj.underlay) not in self.objects:
+                return f"no link {obj.underlay} to carry it"
             if change.before is not None and change.before.mac != obj.mac:
                 for other in [o for o in self.objects.values() if isinstance(o, Neigh) and o.link == obj.name]:
                     self.take(other)

@@ -17,15 +17,15 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Mapping
-from ipaddress import ip_network
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 import yaml
 
 from kernelstate.objects.address import Prefix
-from overlay.netconf import NetConf, NetConfError, parse_net_conf
+from nodeplane.config_fields import ConfigError, Strict, decode_section, prefix_at, seconds_at
+from nodeplane.config_overlay import OverlayOptions, read_overlay
 from proxy.modes import TRAITS
 from proxy.settings import FlowFate, ProxySettings
 
@@ -33,18 +33,10 @@ MODES = ("iptables", "ipvs", "nftables")
 """Service modes there are."""
 
 
-class ConfigError(Exception):
-    """A configuration that cannot be used: which file, which path, which value."""
-
-
 # -- KubeProxyConfiguration, field by field ----------------------------------------------------------------------------
 
 
-class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel"):
-    pass
-
-
-class IptablesSection(_Strict, frozen=True):
+class IptablesSection(Strict, frozen=True):
     """``iptables``: how rules are written and how often."""
 
     masquerade_bit: int | None = None
@@ -54,7 +46,7 @@ class IptablesSection(_Strict, frozen=True):
     min_sync_period: str | None = None
 
 
-class IpvsSection(_Strict, frozen=True):
+class IpvsSection(Strict, frozen=True):
     """``ipvs``: how virtual servers choose and what is left to others."""
 
     scheduler: str = ""
@@ -67,7 +59,7 @@ class IpvsSection(_Strict, frozen=True):
     min_sync_period: str | None = None
 
 
-class NftablesSection(_Strict, frozen=True):
+class NftablesSection(Strict, frozen=True):
     """``nftables``: the mark and how often."""
 
     masquerade_bit: int | None = None
@@ -76,14 +68,14 @@ class NftablesSection(_Strict, frozen=True):
     min_sync_period: str | None = None
 
 
-class DetectLocalSection(_Strict, frozen=True):
+class DetectLocalSection(Strict, frozen=True):
     """``detectLocal``: names for the two interface modes."""
 
     bridge_interface: str = ""
     interface_name_prefix: str = ""
 
 
-class ConntrackSection(_Strict, frozen=True):
+class ConntrackSection(Strict, frozen=True):
     """``conntrack``: only ``tcpBeLiberal`` decides a rule; the others are sysctls."""
 
     max_per_core: int | None = None
@@ -95,7 +87,7 @@ class ConntrackSection(_Strict, frozen=True):
     udp_stream_timeout: str | None = None
 
 
-class ServicesSection(_Strict, frozen=True):
+class ServicesSection(Strict, frozen=True):
     """KubeProxyConfiguration."""
 
     api_version: str = ""
@@ -153,7 +145,7 @@ _UNUSED_CONNTRACK = [
 ]
 
 
-class ServiceOptions(_Strict, frozen=True):
+class ServiceOptions(Strict, frozen=True):
     """``serviceOptions``: what kube-proxy has no field for."""
 
     dispatch_above: int = 500
@@ -161,19 +153,6 @@ class ServiceOptions(_Strict, frozen=True):
     scheduler_by_port: bool = False
     flows_to_removed_endpoints: FlowFate = "keep"
     drain_time: str | None = None
-
-
-class OverlayOptions(msgspec.Struct, frozen=True):
-    """What surrounds net-conf: the node's own link and the rules beside the tunnel."""
-
-    net_conf: NetConf
-    iface: str = ""
-    """The link to the other nodes; empty: the one that holds the node's address."""
-    ip_masq: bool = False
-    no_masquerade: tuple[Prefix, ...] = ()
-    """Networks outside the cluster that see pod addresses as they are."""
-    forward_rules: bool = True
-    subnet_file: str = "/run/flannel/subnet.env"
 
 
 class NodeConfig(msgspec.Struct, frozen=True):
@@ -219,7 +198,7 @@ def parse_config(raw: object, node_name: str = "", mode: str = "") -> NodeConfig
     stated: dict[str, Any] = {"mode": _mode(mode, "--mode")} if mode else {}
     match raw.get("kind"):
         case "KubeProxyConfiguration":
-            section = _decode({**raw, **stated}, ServicesSection, "")
+            section = decode_section({**raw, **stated}, ServicesSection, "")
             return _build({"nodeName": section.hostname_override}, section, "", node_name)
         case "NodeConfiguration":
             if raw.get("apiVersion") != "nodeplane.dev/v1alpha1":
@@ -230,7 +209,7 @@ def parse_config(raw: object, node_name: str = "", mode: str = "") -> NodeConfig
                     raise ConfigError(f"{key}: unknown field; there are {', '.join(sorted(known))}")
             services = raw.get("services") or {}
             services = {**services, **stated} if isinstance(services, Mapping) else services
-            section = _decode(services, ServicesSection, "services")
+            section = decode_section(services, ServicesSection, "services")
             return _build(raw, section, "services.", node_name)
         case kind:
             raise ConfigError(f"kind: must be NodeConfiguration or KubeProxyConfiguration, is {kind!r}")
@@ -247,16 +226,17 @@ def _build(raw: Mapping[str, Any], section: ServicesSection, at: str, node_name:
     mode = _mode(section.mode, f"{at}mode")
     minimum, sync = _periods(section, mode, at)
     overlay = raw.get("overlay")
-    options = _decode(raw.get("serviceOptions") or {}, ServiceOptions, "serviceOptions")
+    overlay_options = read_overlay(overlay) if overlay is not None else None
+    options = decode_section(raw.get("serviceOptions") or {}, ServiceOptions, "serviceOptions")
     return NodeConfig(
         node_name=name.lower(),
         services=None if raw.get("services", {}) is False else _proxy_settings(section, options, mode, at),
         mode=mode,
         min_sync_period=minimum,
         sync_period=sync,
-        overlay=_overlay(overlay) if overlay is not None else None,
+        overlay=overlay_options,
         iptables_variant=variant,
-        notes=_notes(section, at),
+        notes=_notes(section, at) + (overlay_options.notes if overlay_options else ()),
     )
 
 
@@ -268,8 +248,8 @@ def _periods(section: ServicesSection, mode: str, at: str) -> tuple[float, float
         "nftables": section.nftables,
     }
     stated = periods[mode]
-    sync = _seconds(stated.sync_period, 30.0, f"{at}{mode}.syncPeriod")
-    minimum = _seconds(stated.min_sync_period, 0.0 if mode == "ipvs" else 1.0, f"{at}{mode}.minSyncPeriod")
+    sync = seconds_at(stated.sync_period, 30.0, f"{at}{mode}.syncPeriod")
+    minimum = seconds_at(stated.min_sync_period, 0.0 if mode == "ipvs" else 1.0, f"{at}{mode}.minSyncPeriod")
     if sync <= 0:
         raise ConfigError(f"{at}{mode}.syncPeriod: must be greater than 0, is {stated.sync_period}")
     if minimum > sync:
@@ -300,7 +280,7 @@ def _proxy_settings(section: ServicesSection, options: ServiceOptions, mode: str
         masquerade_bit=bit,
         localhost_node_ports=TRAITS[mode].localhost_node_ports and (True if localhost is None else localhost),
         detect_local_mode=detect_mode,
-        cluster_cidrs=tuple(_prefix(c, f"{at}clusterCIDR") for c in cidrs),
+        cluster_cidrs=tuple(prefix_at(c, f"{at}clusterCIDR") for c in cidrs),
         bridge_interface=detect.bridge_interface,
         interface_name_prefix=detect.interface_name_prefix,
         node_port_addresses=_node_port_addresses(section.node_port_addresses, mode, at),
@@ -314,7 +294,7 @@ def _proxy_settings(section: ServicesSection, options: ServiceOptions, mode: str
             _whole_seconds(ipvs.udp_timeout, f"{at}ipvs.udpTimeout"),
         ),
         strict_arp=ipvs.strict_arp,
-        exclude_cidrs=tuple(_prefix(c, f"{at}ipvs.excludeCIDRs[{i}]") for i, c in enumerate(ipvs.exclude_cidrs)),
+        exclude_cidrs=tuple(prefix_at(c, f"{at}ipvs.excludeCIDRs[{i}]") for i, c in enumerate(ipvs.exclude_cidrs)),
         guard_node_ports=options.guard_node_ports,
         flows_to_removed=options.flows_to_removed_endpoints,
         drain_seconds=_whole_seconds(options.drain_time, "serviceOptions.drainTime", 30),
@@ -329,7 +309,7 @@ def _scheduler(stated: str, at: str) -> str:
 
 
 def _whole_seconds(text: str | None, at: str, default: int = 0) -> int:
-    seconds = _seconds(text, float(default), at)
+    seconds = seconds_at(text, float(default), at)
     if seconds != int(seconds):
         raise ConfigError(f"{at}: must be whole seconds, is {text!r}")
     return int(seconds)
@@ -342,34 +322,7 @@ def _node_port_addresses(stated: tuple[str, ...] | None, mode: str, at: str) -> 
         if len(stated) > 1:
             raise ConfigError(f"{at}nodePortAddresses: primary stands alone or not at all, is {list(stated)}")
         return "primary"
-    return tuple(_prefix(c, f"{at}nodePortAddresses[{i}]") for i, c in enumerate(stated))
-
-
-def _overlay(raw: object) -> OverlayOptions:
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"overlay: must be an object, is {raw!r}")
-    ours = {"iface", "ipMasq", "noMasquerade", "forwardRules", "subnetFile"}
-    try:
-        net_conf = parse_net_conf({k: v for k, v in raw.items() if k not in ours})
-    except NetConfError as error:
-        raise ConfigError(f"overlay.{error}") from error
-    options = _decode({k: v for k, v in raw.items() if k in ours}, _OverlayFields, "overlay")
-    return OverlayOptions(
-        net_conf=net_conf,
-        iface=options.iface,
-        ip_masq=options.ip_masq,
-        no_masquerade=tuple(_prefix(c, f"overlay.noMasquerade[{i}]") for i, c in enumerate(options.no_masquerade)),
-        forward_rules=options.forward_rules,
-        subnet_file=options.subnet_file,
-    )
-
-
-class _OverlayFields(_Strict, frozen=True):
-    iface: str = ""
-    ip_masq: bool = False
-    no_masquerade: tuple[str, ...] = ()
-    forward_rules: bool = True
-    subnet_file: str = "/run/flannel/subnet.env"
+    return tuple(prefix_at(c, f"{at}nodePortAddresses[{i}]") for i, c in enumerate(stated))
 
 
 def _policy(raw: object) -> None:
@@ -387,57 +340,6 @@ def _mode(stated: str, at: str) -> str:
     if mode not in MODES:
         raise ConfigError(f"{at}: must be one of {', '.join(MODES)}, is {mode!r}")
     return mode
-
-
-def _prefix(text: str, at: str) -> Prefix:
-    try:
-        return Prefix.of(ip_network(text, strict=False))
-    except ValueError as error:
-        raise ConfigError(f"{at}: must be a CIDR, is {text!r}") from error
-
-
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|h|m|s)")
-_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-
-
-def _seconds(text: str | None, default: float, at: str) -> float:
-    """Parse a Go duration such as ``1m30s``; absent and ``0s`` take kube-proxy's default, as its own defaulting does."""
-    if text is None:
-        return default
-    parts = _DURATION.findall(text)
-    if text != "0" and "".join(n + u for n, u in parts) != text:
-        raise ConfigError(f"{at}: must be a duration such as 30s or 1m, is {text!r}")
-    return sum(float(n) * _UNITS[u] for n, u in parts) or default
-
-
-_T = TypeVar("_T", bound=msgspec.Struct)
-
-
-def _decode(raw: object, shape: type[_T], at: str) -> _T:
-    """Check a section against its fields; msgspec's path becomes ours, and the value is named."""
-    try:
-        return msgspec.convert(raw, shape)
-    except msgspec.ValidationError as error:
-        text = str(error)
-        reason, _, path = text.partition(" - at `$")
-        path = path.rstrip("`").lstrip(".")
-        unknown = re.search(r"unknown field `(.+?)`", reason)
-        if unknown:
-            path = f"{path}.{unknown[1]}" if path else unknown[1]
-            reason = "unknown field"
-        where = ".".join(part for part in (at, path) if part)
-        raise ConfigError(f"{where}: {reason[:1].lower()}{reason[1:]}{_value(raw, path, bool(unknown))}") from error
-
-
-def _value(raw: object, path: str, skip: bool) -> str:
-    if skip:
-        return ""
-    for key in re.findall(r"[^.\[\]]+", path):
-        if isinstance(raw, Mapping):
-            raw = raw.get(key)
-        elif isinstance(raw, list | tuple) and key.isdigit():
-            raw = raw[int(key)]
-    return f" (is {raw!r})"
 
 
 def _notes(section: ServicesSection, at: str) -> tuple[str, ...]:

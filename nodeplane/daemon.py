@@ -23,7 +23,8 @@ from kernelstate.errors import KernelStateError
 from kernelstate.linux.conntrack import Conntrack
 from nodeplane.agent import Agent
 from nodeplane.commands import Failed, Usage
-from nodeplane.config import ConfigError, NodeConfig, load_config
+from nodeplane.config import NodeConfig, load_config
+from nodeplane.config_fields import ConfigError
 from nodeplane.flows import FlowKeeper
 from nodeplane.health import HealthServers
 from nodeplane.host import LinuxHost
@@ -109,8 +110,6 @@ def build_agent(config: NodeConfig, source: FileSource, chains: int) -> Agent:
     variant, reason = host.iptables_variant, host.iptables_reason
     log.info("node %s: Services in %s; iptables-%s (%s)", config.node_name, config.mode, variant, reason)
     overlay = config.overlay
-    for note in overlay.net_conf.notes if overlay else ():
-        log.info("overlay.%s", note)
     status = Status(
         pid=os.getpid(),
         node=config.node_name,

@@ -14,7 +14,8 @@ from clusterstate.sources.files import load_objects
 from clusterstate.sources.tree import SourceError
 from kernelstate.objects.address import Prefix
 from nodeplane.commands import Usage
-from nodeplane.config import ConfigError, NodeConfig, default_config, load_config
+from nodeplane.config import NodeConfig, default_config, load_config
+from nodeplane.config_fields import ConfigError
 from nodeplane.pipeline import Desired, HostFacts, Pipeline
 from overlay.table import Uplink
 

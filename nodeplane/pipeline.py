@@ -22,9 +22,12 @@ from kernelstate.objects.address import Family, Prefix
 from kernelstate.objects.links import LinkState
 from kernelstate.objects.netfilter import Anchor, ChainKey, Rule, Ruleset
 from kernelstate.ownership import Ownership
-from nodeplane.config import NodeConfig, OverlayOptions
+from nodeplane.config import NodeConfig
+from nodeplane.config_overlay import OverlayOptions
 from nodeplane.service_programs import PROGRAMS, ServiceChange, ServiceProgram, ServiceState
 from overlay.compile import compile_peers
+from overlay.registration import Member
+from overlay.registry.nodes import read_nodes
 from overlay.render.hostgw import render_hostgw
 from overlay.render.masquerade import CHAIN_NAMES as OVERLAY_CHAINS
 from overlay.render.masquerade import render_masquerade
@@ -53,6 +56,8 @@ class HostFacts(msgspec.Struct, frozen=True):
 
     local_addresses: tuple[Prefix, ...] = ()
     uplink: Uplink | None = None
+    members: tuple[Member, ...] | None = None
+    """Who is in the overlay by the leases in etcd; None: not known (yet)."""
 
 
 class Desired(msgspec.Struct, frozen=True):
@@ -194,14 +199,17 @@ class Pipeline:
 
     def _update_overlay(self, options: OverlayOptions, snapshot: Snapshot, facts: HostFacts) -> bool:
         """Compile and render peers if nodes or the uplink changed; return whether netfilter rules changed."""
-        inputs = (snapshot.nodes, facts.uplink)
+        inputs = (snapshot.nodes if options.etcd is None else facts.members, facts.uplink)
         if inputs == self._overlay_input:
             return False
         self._overlay_input = inputs
         self.has_uplink = facts.uplink is not None
-        if facts.uplink is None:
+        if facts.uplink is None or (options.etcd is not None and facts.members is None):
             return False  # what is programmed stays: a link that is away for a moment takes nothing down
-        self.peers = compile_peers(snapshot, self.config.node_name, options.net_conf, facts.uplink)
+        members: Iterable[Member] = facts.members or ()
+        if options.etcd is None:
+            members = read_nodes(snapshot.nodes, self.config.node_name, options.net_conf)
+        self.peers = compile_peers(members, self.config.node_name, options.net_conf, facts.uplink)
         self._links = _OVERLAY_RENDERERS[options.net_conf.backend.type](self.peers)
         before = self._masquerade
         self._masquerade = render_masquerade(

@@ -1,6 +1,6 @@
-"""From Node objects to the peer table of one node: who is a peer, and how each is reached. Pure.
+"""From what a registry says of each node to the peer table of one node: who is a peer, and how each is reached. Pure.
 
-Each node is read by itself (``registry/nodes.py``); here claims are held against each other. A conflict has a winner, the same
+Each node is read by itself (``registry/``); here claims are held against each other. A conflict has a winner, the same
 whatever the order of events: the own node, then the node whose name sorts first. The other is left out, and a problem says which
 field of which node did it; nobody else is affected.
 
@@ -9,48 +9,49 @@ field of which node did it; nobody else is affected.
     host-gw      direct             problem, no way
     vxlan        encapsulated       encapsulated
     + DirectRouting: direct         encapsulated
+    udp          encapsulated       encapsulated
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
+from typing import assert_never
 
 from clusterstate.objects import IPAddress, IPNetwork
-from clusterstate.snapshot import Snapshot
 from kernelstate.objects.links import Uplink
 from overlay.mtu import pod_mtu
-from overlay.netconf import HostGwBackend, NetConf
-from overlay.registry.nodes import Registration, read_node
+from overlay.netconf import HostGwBackend, NetConf, UdpBackend, VxlanBackend
+from overlay.registration import Member, Registration
 from overlay.table import Peer, PeerProblem, PeerTable, Reach, Way
 
 HOST_GW_NEEDS = "host-gw needs every node on one L2 segment; use vxlan, or vxlan with DirectRouting"
 
 
-def compile_peers(snapshot: Snapshot, node_name: str, net_conf: NetConf, uplink: Uplink) -> PeerTable:
-    """Return the overlay as ``node_name`` sees it."""
+def compile_peers(members: Iterable[Member], node_name: str, net_conf: NetConf, uplink: Uplink) -> PeerTable:
+    """Return the overlay as ``node_name`` sees it; ``members`` in any order."""
     claims = _Claims()
     peers: list[Peer] = []
     own: tuple[Way, ...] = ()
     problems: list[PeerProblem] = []
-    for name in sorted(snapshot.nodes, key=lambda n: (n != node_name, n)):
-        is_own = name == node_name
-        registrations, left = read_node(snapshot.nodes[name], net_conf, own=is_own)
+    for member in sorted(members, key=lambda m: (m.node != node_name, m.node)):
+        is_own = member.node == node_name
+        problems += member.problems
         ways: list[Way] = []
-        for registration in registrations:
+        for registration in member.registrations:
             problem = claims.refuse(registration)
             way = problem or (_own_end(registration, uplink) if is_own else _way(registration, net_conf, uplink))
             if isinstance(way, PeerProblem):
-                left.append(way)
+                problems.append(way)
             else:
                 ways.append(way)
-        problems += left
         if is_own:
             own = tuple(ways)
             continue
         # A family in which this node has no end of its own has no peers either.
         ways = [way for way in ways if any(end.family == way.family for end in own)]
         if ways:
-            peers.append(Peer(name, tuple(ways)))
+            peers.append(Peer(member.node, tuple(ways)))
     return PeerTable(
         node=node_name,
         net_conf=net_conf,
@@ -79,14 +80,21 @@ def _way(registration: Registration, net_conf: NetConf, uplink: Uplink) -> Way |
     near = uplink.holds_subnet_of(address)
     subnets = f"{uplink.name}'s subnets {uplink.subnets(family)}"
     where = f"{address} is {'inside' if near else 'outside'} {subnets}"
-    if isinstance(net_conf.backend, HostGwBackend):
-        if not near:
-            return PeerProblem(registration.node, registration.ip_field, str(address), f"is outside {subnets}; {HOST_GW_NEEDS}")
-        return Way(family, registration.pod_cidr, address, Reach.DIRECT, where)
-    if net_conf.backend.direct_routing and near:
-        return Way(family, registration.pod_cidr, address, Reach.DIRECT, f"DirectRouting: {where}")
-    why = where if net_conf.backend.direct_routing else "vxlan without DirectRouting"
-    return Way(family, registration.pod_cidr, address, Reach.ENCAPSULATED, why, registration.vtep)
+    match net_conf.backend:
+        case HostGwBackend():
+            if not near:
+                reason = f"is outside {subnets}; {HOST_GW_NEEDS}"
+                return PeerProblem(registration.node, registration.ip_field, str(address), reason)
+            return Way(family, registration.pod_cidr, address, Reach.DIRECT, where)
+        case UdpBackend():
+            return Way(family, registration.pod_cidr, address, Reach.UDP, "udp")
+        case VxlanBackend(direct_routing=True) if near:
+            return Way(family, registration.pod_cidr, address, Reach.DIRECT, f"DirectRouting: {where}")
+        case VxlanBackend(direct_routing=direct):
+            why = where if direct else "vxlan without DirectRouting"
+            return Way(family, registration.pod_cidr, address, Reach.VXLAN, why, registration.vtep)
+        case _:
+            assert_never(net_conf.backend)
 
 
 class _Claims:
@@ -102,7 +110,7 @@ class _Claims:
         span = (int(r.pod_cidr.network_address), int(r.pod_cidr.broadcast_address), r.node)
         other = self._overlapping(r.pod_cidr, span)
         if other is not None:
-            return PeerProblem(r.node, "spec.podCIDRs", str(r.pod_cidr), f"overlaps the pod network of Node {other}")
+            return PeerProblem(r.node, r.pod_field, str(r.pod_cidr), f"overlaps the pod network of Node {other}")
         holder = self._addresses.get(r.public_ip)
         if holder is not None:
             return PeerProblem(r.node, r.ip_field, str(r.public_ip), f"is the address of Node {holder} as well")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import msgspec
 
@@ -52,7 +52,19 @@ class HostGwBackend(msgspec.Struct, frozen=True):
     type: ClassVar[str] = "host-gw"
 
 
-Backend: TypeAlias = VxlanBackend | HostGwBackend
+class UdpBackend(msgspec.Struct, frozen=True):
+    """``Type: udp``: the packet itself as the payload of UDP. ``engine`` and ``mtu`` (the underlay's; 0: the uplink's) are ours."""
+
+    type: ClassVar[str] = "udp"
+    port: int = 8285
+    mtu: int = 0
+    engine: Engine = "auto"
+
+
+Engine: TypeAlias = Literal["auto", "userspace", "kernel"]
+"""Who wraps packets in UDP: a process, or programs in the kernel with that process behind them; ``auto``: what the kernel has."""
+
+Backend: TypeAlias = VxlanBackend | HostGwBackend | UdpBackend
 
 
 class SubnetRange(msgspec.Struct, frozen=True):
@@ -71,6 +83,8 @@ class NetConf(msgspec.Struct, frozen=True):
     backend: Backend = VxlanBackend()
     subnets: SubnetRange = SubnetRange()
     ipv6_subnets: SubnetRange = SubnetRange()
+    nftables: bool = False
+    """Masquerade and forward rules go through nftables instead of iptables."""
 
     def network_of(self, family: int) -> IPv4Network | IPv6Network | None:
         """Return the pod network of a family."""
@@ -81,20 +95,10 @@ class NetConf(msgspec.Struct, frozen=True):
         """4 and 6, as far as they are on."""
         return tuple(family for family in (4, 6) if self.network_of(family) is not None)
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Fields that were stated and change nothing while Node objects say which subnet is whose; one line each."""
-        stated = [("SubnetLen/SubnetMin/SubnetMax", self.subnets), ("IPv6SubnetLen/Min/Max", self.ipv6_subnets)]
-        return tuple(
-            f"{names}: not used: each Node's spec.podCIDRs says its subnet" for names, value in stated if value != SubnetRange()
-        )
-
 
 def parse_net_conf(raw: Mapping[str, object]) -> NetConf:
     """Check and convert net-conf as decoded from JSON or YAML. Raises NetConfError naming path and value."""
     fields = _Fields(raw, "", _KEYS)
-    if fields.boolean("EnableNFTables", default=False):
-        raise NetConfError("EnableNFTables", "must be false or left out: the masquerade rules are written through iptables")
     network, network6 = fields.network("Network", 4), fields.network("IPv6Network", 6)
     on, on6 = fields.boolean("EnableIPv4", default=True), fields.boolean("EnableIPv6", default=False)
     if not (on or on6):
@@ -110,6 +114,7 @@ def parse_net_conf(raw: Mapping[str, object]) -> NetConf:
         backend=_backend(fields.get("Backend"), on, on6),
         subnets=_subnets(fields, "Subnet", network),
         ipv6_subnets=_subnets(fields, "IPv6Subnet", network6),
+        nftables=fields.boolean("EnableNFTables", default=False),
     )
 
 
@@ -118,7 +123,11 @@ _KEYS = (
     *("IPv6Network", "EnableIPv6", "IPv6SubnetLen", "IPv6SubnetMin", "IPv6SubnetMax"),
     *("EnableNFTables", "Backend"),
 )
-_BACKEND_KEYS = {"vxlan": ("Type", "VNI", "Port", "MTU", "GBP", "Learning", "DirectRouting"), "host-gw": ("Type",)}
+_BACKEND_KEYS = {
+    "vxlan": ("Type", "VNI", "Port", "MTU", "GBP", "Learning", "DirectRouting"),
+    "host-gw": ("Type",),
+    "udp": ("Type", "Port", "MTU", "Engine"),
+}
 
 
 def _backend(raw: object, on: bool, on6: bool) -> Backend:
@@ -135,10 +144,16 @@ def _backend(raw: object, on: bool, on6: bool) -> Backend:
     fields = _Fields(raw, "Backend.", _BACKEND_KEYS[kind])
     if kind == "host-gw":
         return HostGwBackend()
+    if kind == "udp":
+        return UdpBackend(
+            port=fields.number("Port", 0, 0, 65535) or 8285,
+            mtu=_mtu(fields, on6=on6, overhead={4: 28, 6: 48}),
+            engine=_engine(fields),
+        )
     backend = VxlanBackend(
         vni=fields.number("VNI", 1, 0, (1 << 24) - 1),
         port=fields.number("Port", 0, 0, 65535) or 8472,
-        mtu=_mtu(fields, on6=on6),
+        mtu=_mtu(fields, on6=on6, overhead={4: 50, 6: 70}),
         gbp=fields.boolean("GBP", default=False),
         learning=fields.boolean("Learning", default=False),
         direct_routing=fields.boolean("DirectRouting", default=False),
@@ -152,9 +167,19 @@ def _backend(raw: object, on: bool, on6: bool) -> Backend:
     return backend
 
 
-def _mtu(fields: _Fields, *, on6: bool) -> int:
+def _engine(fields: _Fields) -> Engine:
+    stated = fields.get("Engine")
+    known: dict[object, Engine] = {name: name for name in get_args(Engine)}
+    if stated is None:
+        return "auto"
+    if stated not in known:
+        raise NetConfError("Backend.Engine", f"must be one of {', '.join(get_args(Engine))}, is {stated!r}")
+    return known[stated]
+
+
+def _mtu(fields: _Fields, *, on6: bool, overhead: Mapping[int, int]) -> int:
     """Read the underlay's MTU; what is left for pods must be what their family asks for at least (RFC 791, RFC 8200)."""
-    least = 1280 + 70 if on6 else 68 + 50
+    least = 1280 + overhead[6] if on6 else 68 + overhead[4]
     mtu = fields.number("MTU", 0, 0, 65535)
     if 0 < mtu < least:
         raise NetConfError("Backend.MTU", f"must be 0 or at least {least}, is {mtu}")

@@ -12,11 +12,11 @@ import msgspec
 from clusterstate.objects import IPAddress, IPNetwork
 from overlay.table import PeerTable
 
-PathKind: TypeAlias = Literal["local", "vxlan", "host-gw", "node", "external"]
+PathKind: TypeAlias = Literal["local", "vxlan", "host-gw", "udp", "node", "external"]
 
 
 class Path(msgspec.Struct, frozen=True):
-    """``local``: a pod here; ``vxlan``, ``host-gw``: a pod on ``peer``; ``node``: a node itself (``peer`` None: this one)."""
+    """``local``: a pod here; ``vxlan``, ``host-gw``, ``udp``: a pod on ``peer``; ``node``: a node itself (``peer`` None: this one)."""
 
     kind: PathKind
     peer: str | None = None

@@ -23,7 +23,10 @@ class Reach(Enum):
 
     DIRECT = "host-gw"
     """As they are, with the peer as next hop."""
-    ENCAPSULATED = "vxlan"
+    VXLAN = "vxlan"
+    """As frames in UDP, through a vxlan link."""
+    UDP = "udp"
+    """As they are in UDP, through a TUN or programs of the kernel."""
 
 
 class Way(msgspec.Struct, frozen=True):
@@ -56,9 +59,8 @@ class Peer(msgspec.Struct, frozen=True):
 
     @property
     def reach(self) -> Reach:
-        """How it is reached; encapsulated if one family is."""
-        reaches = [way.reach for way in self.ways]
-        return Reach.ENCAPSULATED if Reach.ENCAPSULATED in reaches else Reach.DIRECT
+        """How it is reached; through the tunnel if one family is."""
+        return next((way.reach for way in self.ways if way.reach is not Reach.DIRECT), Reach.DIRECT)
 
 
 class PeerProblem(msgspec.Struct, frozen=True):

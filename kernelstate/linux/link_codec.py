@@ -24,7 +24,7 @@ from kernelstate.linux.rtnetlink import (
     to_int,
 )
 from kernelstate.objects.address import IPAddress, Prefix
-from kernelstate.objects.links import MAIN_TABLE, Address, FdbEntry, Link, Neigh, Route, Vxlan
+from kernelstate.objects.links import MAIN_TABLE, Address, FdbEntry, Link, LinkKind, Neigh, Route, Tun, Vxlan
 
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
@@ -43,6 +43,7 @@ IFF_UP = 0x1
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS, IFLA_EXT_MASK = 1, 3, 4, 18, 20, 29
 IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
 RTEXT_FILTER_SKIP_STATS = 8
+TUN_VNET_HDR, TUN_PERSIST, TUN_MULTI_QUEUE = 5, 6, 7
 VXLAN_ID, VXLAN_LINK, VXLAN_LOCAL, VXLAN_LEARNING, VXLAN_PORT, VXLAN_LOCAL6, VXLAN_GBP = 1, 3, 4, 7, 15, 17, 23
 
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
@@ -65,8 +66,8 @@ NameOf = Callable[[int], str]
 
 def new_link(link: Link, underlay: int) -> Request:
     """Make a vxlan link, still down; ``underlay`` is the index of the link below, 0 for none."""
-    v = link.vxlan
-    assert v is not None
+    v = link.kind
+    assert isinstance(v, Vxlan)
     data = number(VXLAN_ID, v.vni)
     data += number(VXLAN_LINK, underlay) if underlay else b""
     if v.local is not None:
@@ -84,7 +85,7 @@ def set_link(link: Link, before: Link, index: int) -> Request:
     """Set what differs of what can be set in place: MTU, MAC, alias, up or down. A MAC that is set anew costs all neighbours."""
     body = IFINFO.pack(0, 0, index, IFF_UP if link.up else 0, IFF_UP)
     body += number(IFLA_MTU, link.mtu) if link.mtu != before.mtu else b""
-    body += attribute(IFLA_ADDRESS, mac_bytes(link.mac)) if link.mac != before.mac else b""
+    body += attribute(IFLA_ADDRESS, mac_bytes(link.mac)) if link.mac and link.mac != before.mac else b""
     body += attribute(IFLA_IFALIAS, link.alias.encode() + b"\0") if link.alias != before.alias else b""
     return Request(RTM_NEWLINK, 0, body)
 
@@ -154,18 +155,22 @@ def link_name(message: Message) -> str:
 
 
 def read_link(message: Message, name_of: NameOf) -> Link:
-    """Read a link; of a kind other than vxlan only the outside."""
+    """Read a link; of a kind that we do not make only the outside."""
     flags = IFINFO.unpack_from(message.body)[3]
     found = attributes(message.body, IFINFO.size)
     info = attributes(found.get(IFLA_LINKINFO, b""), 0)
-    vxlan = None
-    if _text(info.get(IFLA_INFO_KIND, b"")) == "vxlan":
-        vxlan = _read_vxlan(attributes(info.get(IFLA_INFO_DATA, b""), 0), name_of)
+    data = attributes(info.get(IFLA_INFO_DATA, b""), 0)
+    kind: LinkKind | None = None
+    match _text(info.get(IFLA_INFO_KIND, b"")):
+        case "vxlan":
+            kind = _read_vxlan(data, name_of)
+        case "tun" if all(to_int(data.get(part, b"")) for part in (TUN_VNET_HDR, TUN_PERSIST, TUN_MULTI_QUEUE)):
+            kind = Tun()
     return Link(
         name=_text(found.get(IFLA_IFNAME, b"")),
         mtu=to_int(found.get(IFLA_MTU, b"")),
         mac=found.get(IFLA_ADDRESS, b"").hex(":"),
-        vxlan=vxlan,
+        kind=kind,
         alias=_text(found.get(IFLA_IFALIAS, b"")),
         up=bool(flags & IFF_UP),
     )

@@ -18,6 +18,7 @@ from kernelstate.diff_links import LinkChange
 from kernelstate.linux import link_codec as codec
 from kernelstate.linux.link_events import ALL_GROUPS, EventSocket
 from kernelstate.linux.rtnetlink import Answer, Message, Request, RouteSocket, number
+from kernelstate.linux.tun import make_tun
 from kernelstate.linux.uplink import uplink_facts
 from kernelstate.objects.links import (
     ALIAS,
@@ -30,6 +31,7 @@ from kernelstate.objects.links import (
     LinkState,
     Neigh,
     Route,
+    Tun,
 )
 from kernelstate.reconcile_links import LinkEvent
 
@@ -131,18 +133,21 @@ class LinuxLinks:
             index = _index(link.name)
             return self._one(codec.delete_link(index)) if index else ""
         if verb == "create":
-            underlay = link.vxlan.underlay if link.vxlan else ""
+            underlay = link.underlay
             below = _index(underlay) if underlay else 0
             if underlay and not below:
                 return f"no link {underlay} to carry it"
-            words = self._one(codec.new_link(link, below))
+            words = make_tun(link.name) if isinstance(link.kind, Tun) else self._one(codec.new_link(link, below))
             if words:
                 return words
         index = _index(link.name)
         self._own[index] = link.name
         # Before it is up: an advertisement may come in at once.
         refused = _write_accept_ra(link)
-        return refused or self._one(codec.set_link(link, before or msgspec.structs.replace(link, alias="", up=False), index))
+        if before is None:
+            # A vxlan link is made with its MTU, a TUN with the kernel's 1500.
+            before = msgspec.structs.replace(link, alias="", up=False, mtu=0 if isinstance(link.kind, Tun) else link.mtu)
+        return refused or self._one(codec.set_link(link, before, index))
 
     def _one(self, request: Request) -> str:
         return _judged(request, self._socket.execute([request])[0])

@@ -55,20 +55,39 @@ class Vxlan(msgspec.Struct, frozen=True):
         return " ".join(words)
 
 
+class Tun(msgspec.Struct, frozen=True):
+    """A TUN of which each queue is read by a process, and that stays when they end. Packets without a frame: it has no MAC.
+
+    Packets carry virtio headers, and may be larger than the MTU (TSO) if the reader has said that it can take them.
+    """
+
+    def __str__(self) -> str:
+        return "tun"
+
+
+LinkKind: TypeAlias = Vxlan | Tun
+
+
 class Link(msgspec.Struct, frozen=True):
-    """A link of ours. ``vxlan`` None is an observed link of another kind; such a one is never desired."""
+    """A link of ours. ``kind`` None is an observed link of another kind; such a one is never desired."""
 
     name: str
     mtu: int
     mac: str
-    vxlan: Vxlan | None
+    kind: LinkKind | None
     alias: str = ALIAS
     up: bool = True
     accept_ra: bool = False
     """Whether router advertisements are believed: whoever can send one through a tunnel could set routes here."""
 
     def __str__(self) -> str:
-        return f"{self.name} address {self.mac} mtu {self.mtu} type {self.vxlan or 'other'}"
+        address = f" address {self.mac}" if self.mac else ""
+        return f"{self.name}{address} mtu {self.mtu} type {self.kind or 'other'}"
+
+    @property
+    def underlay(self) -> str:
+        """The name of the link that carries its packets; empty if none does."""
+        return self.kind.underlay if isinstance(self.kind, Vxlan) else ""
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -171,7 +190,7 @@ class LinkState(msgspec.Struct, frozen=True):
     @property
     def used_links(self) -> frozenset[str]:
         """Names of links that are somebody else's, but that it relies on."""
-        underlays = {link.vxlan.underlay for link in self.links if link.vxlan}
+        underlays = {link.underlay for link in self.links}
         return frozenset(underlays | {route.link for route in self.routes}) - self.own_links - {""}
 
 

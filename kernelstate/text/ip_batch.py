@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kernelstate.objects.address import Prefix
-from kernelstate.objects.links import LinkState
+from kernelstate.objects.links import LinkState, Tun
 
 IP_HEADER = "# ip -batch -"
 BRIDGE_HEADER = "# bridge -batch -"
@@ -21,7 +21,10 @@ def print_links(state: LinkState) -> str:
     for link in state.links:
         if not link.accept_ra:
             ip.append(f"# sysctl -w net/ipv6/conf/{link.name}/accept_ra=0")
-        ip.append(f"link add name {link}")
+        if isinstance(link.kind, Tun):
+            ip += [f"tuntap add dev {link.name} mode tun multi_queue vnet_hdr", f"link set dev {link.name} mtu {link.mtu}"]
+        else:
+            ip.append(f"link add name {link}")
         ip.append(f"link set dev {link.name} alias {link.alias} {'up' if link.up else 'down'}")
     # The kernel probes for duplicates of IPv6 addresses for a second or more; nobody else can have these.
     ip += [f"address replace {a}{' nodad' if a.address.version == 6 else ''}" for a in state.addresses]

@@ -21,7 +21,8 @@ from netnslab import mounts, processes
 from netnslab.errors import LabError, LabInputError
 from netnslab.state import LabState, write_file
 from netnslab.topology import Topology
-from nodeplane.config import MODES, ConfigError, parse_config
+from nodeplane.config import MODES, parse_config
+from nodeplane.config_fields import ConfigError
 from nodeplane.status import Status, read_status
 
 CONFIG, OBJECTS = "/run/nodeplane/config.yaml", "/run/nodeplane/objects"

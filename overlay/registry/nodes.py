@@ -8,26 +8,24 @@ there they count, so that a node may be run by either; the order for the address
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from ipaddress import ip_address
 
-import msgspec
-
-from clusterstate.objects import IPAddress, IPNetwork, Node
+from clusterstate.objects import IPAddress, Node
 from overlay import lease
 from overlay.lease import Vtep
 from overlay.netconf import NetConf, VxlanBackend
+from overlay.registration import Member, Registration
 from overlay.table import PeerProblem
 
 
-class Registration(msgspec.Struct, frozen=True):
-    """What one node states for one family. ``ip_field`` says where the address was found."""
-
-    node: str
-    family: int
-    pod_cidr: IPNetwork
-    public_ip: IPAddress
-    ip_field: str
-    vtep: Vtep | None
+def read_nodes(nodes: Mapping[str, Node], own: str, net_conf: NetConf) -> list[Member]:
+    """Return every node as its object states it, seen from node ``own``."""
+    members = []
+    for name, node in nodes.items():
+        found, problems = read_node(node, net_conf, own=name == own)
+        members.append(Member(name, tuple(found), tuple(problems)))
+    return members
 
 
 def read_node(node: Node, net_conf: NetConf, *, own: bool) -> tuple[list[Registration], list[PeerProblem]]:

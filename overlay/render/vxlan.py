@@ -36,7 +36,7 @@ def render_vxlan(table: PeerTable) -> LinkState:
                 name=name,
                 mtu=tunnel_mtu(backend.mtu or table.uplink.mtu, end.family),
                 mac=end.vtep.mac,
-                vxlan=Vxlan(
+                kind=Vxlan(
                     vni=backend.vni,
                     local=end.public_ip,
                     underlay=table.uplink.name,
@@ -48,7 +48,7 @@ def render_vxlan(table: PeerTable) -> LinkState:
         )
         objects.append(Address(name, end.pod_cidr.network_address, end.pod_cidr.max_prefixlen))
         for way in table.ways(end.family):
-            objects += _tunnel(way, name) if way.reach is Reach.ENCAPSULATED else [direct_route(way, table.uplink.name)]
+            objects += _tunnel(way, name) if way.reach is Reach.VXLAN else [direct_route(way, table.uplink.name)]
     return LinkState.of(objects)
 
 

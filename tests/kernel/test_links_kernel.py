@@ -181,7 +181,7 @@ def test_other_link_of_the_name(in_netns: str, links: LinuxLinks, kind: str) -> 
 def test_refusals_name_object_and_words(links: LinuxLinks) -> None:
     """The kernel's own words come with each refusal, and everything else is done."""
     unreachable = Route(Prefix.parse("10.77.0.0/24"), ip_address("203.0.113.1"), "eth0")
-    nowhere = msgspec.structs.replace(TUNNEL, name="flannel.2", vxlan=Vxlan(2, None, "eth9"))
+    nowhere = msgspec.structs.replace(TUNNEL, name="flannel.2", kind=Vxlan(2, None, "eth9"))
     wanted = LinkState.of([*STATE.objects(), unreachable, nowhere])
     reconciler = LinkReconciler(links)
     reconciler.set_desired(wanted)

@@ -76,7 +76,7 @@ class Links(RuleBasedStateMachine):
     @rule(mac=st.sampled_from(("02:00:00:00:00:01", "02:00:00:00:00:98")), up=st.booleans())
     def somebody_sets_a_link(self, mac: str, up: bool) -> None:
         """Somebody changes a link of ours in place."""
-        for link in [o for o in self.kernel.objects.values() if isinstance(o, Link) and o.vxlan]:
+        for link in [o for o in self.kernel.objects.values() if isinstance(o, Link) and o.kind]:
             self.kernel.put(msgspec.structs.replace(link, mac=mac, up=up, alias=""))
 
     @rule()

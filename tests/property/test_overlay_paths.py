@@ -7,13 +7,12 @@ from ipaddress import ip_address, ip_interface
 from hypothesis import given
 from hypothesis import strategies as st
 from immutables import Map
-from overlay_worlds import clusters
+from overlay_worlds import clusters, compile_nodes
 
 from clusterstate.snapshot import Snapshot
 from kernelstate.diff_links import diff_links, index, key_of
 from kernelstate.objects.links import LinkState, Uplink
 from kernelstate.simulate_links import Leaving, simulate_links
-from overlay.compile import compile_peers
 from overlay.netconf import NetConf
 from overlay.oracle import Path, path_of
 from overlay.render.hostgw import render_hostgw
@@ -32,7 +31,7 @@ ADDRESSES = st.one_of(
 def seen_from(cluster: Cluster, name: str) -> PeerTable:
     snapshot, conf = cluster
     addresses = tuple(ip_interface(f"{a.ip}/{24 if a.ip.version == 4 else 64}") for a in snapshot.nodes[name].addresses)
-    return compile_peers(snapshot, name, conf, Uplink("eth0", addresses))
+    return compile_nodes(snapshot, name, conf, Uplink("eth0", addresses))
 
 
 def rendered(table: PeerTable) -> LinkState:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
 
-from overlay_worlds import node, snapshot
+from overlay_worlds import compile_nodes, node, snapshot
 from scapy.layers.l2 import Ether
 from scapy.layers.vxlan import VXLAN
 
@@ -27,7 +27,6 @@ from kernelstate.linux.links import LinuxLinks, uplink_facts
 from kernelstate.objects.links import LinkState
 from kernelstate.ports import SyncReport
 from kernelstate.reconcile_links import LinkReconciler
-from overlay.compile import compile_peers
 from overlay.netconf import NetConf
 from overlay.render.hostgw import render_hostgw
 from overlay.render.vxlan import render_vxlan
@@ -83,7 +82,7 @@ class OverlayNode:
         """Compile what the node would, from the uplink that it finds by its own address."""
         uplink = netns.call(self.space, uplink_facts, "", [ip_address(self.ips[4])])
         assert uplink is not None
-        return compile_peers(snapshot(*nodes), self.node.name, conf, uplink)
+        return compile_nodes(snapshot(*nodes), self.node.name, conf, uplink)
 
     def desire(self, nodes: list[Node], conf: NetConf) -> LinkState:
         """Compile, render, and hand it to the reconciler."""

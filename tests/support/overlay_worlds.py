@@ -11,7 +11,10 @@ from immutables import Map
 from clusterstate.objects import Node, NodeAddress
 from clusterstate.snapshot import Snapshot
 from kernelstate.objects.links import Uplink
+from overlay.compile import compile_peers
 from overlay.netconf import HostGwBackend, NetConf, VxlanBackend
+from overlay.registry.nodes import read_nodes
+from overlay.table import PeerTable
 
 NETWORK = ip_network("10.244.0.0/16")
 NETWORK6 = ip_network("fd00:244::/48")
@@ -35,6 +38,11 @@ def node(name: str, cidrs: str = "", ips: str = "", annotations: Mapping[str, st
 def snapshot(*nodes: Node) -> Snapshot:
     """Return a snapshot of these nodes."""
     return Snapshot(nodes=Map({n.name: n for n in nodes}))
+
+
+def compile_nodes(seen: Snapshot, name: str, conf: NetConf, uplink: Uplink) -> PeerTable:
+    """Return the overlay as one node sees it, by the Node objects."""
+    return compile_peers(read_nodes(seen.nodes, name, conf), name, conf, uplink)
 
 
 N1 = node("n1", "10.244.1.0/24 fd00:244:0:1::/64", "192.168.1.1 fd00:1::1")

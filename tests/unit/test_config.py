@@ -3,7 +3,9 @@
 import pytest
 
 from kernelstate.objects.address import Prefix
-from nodeplane.config import ConfigError, load_config, parse_config
+from nodeplane.config import load_config, parse_config
+from nodeplane.config_fields import ConfigError
+from nodeplane.config_overlay import read_overlay
 
 NODE = {"apiVersion": "nodeplane.dev/v1alpha1", "kind": "NodeConfiguration", "nodeName": "n1"}
 KUBE_PROXY = {"apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration"}
@@ -119,3 +121,29 @@ def test_errors_name_the_file(tmp_path):
         with pytest.raises(ConfigError) as caught:
             load_config(path)
         assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_notes_subnet_lengths_without_etcd():
+    """Fields that only matter to a registry that hands out subnets are named as not used while Node objects do that."""
+    overlay = {"Network": "10.244.0.0/16", "SubnetLen": 24}
+    said = read_overlay(overlay).notes
+    assert [note.partition(":")[0] for note in said] == ["overlay.SubnetLen/SubnetMin/SubnetMax"]
+    assert read_overlay({**overlay, "registry": {"type": "etcd"}}).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("overlay", "words"),
+    [
+        ({"registry": {"endpoints": ["http://10.0.0.1:2379"]}}, "overlay.registry.type: must be etcd for endpoints"),
+        ({"registry": {"type": "etcd", "endpoints": ["10.0.0.1"]}}, "overlay.registry.endpoints[0]: must be like https://"),
+        ({"registry": {"type": "etcd", "certFile": "c"}}, "overlay.registry.certFile: goes with keyFile"),
+        ({"registry": {"type": "etcd", "username": "u"}}, "overlay.registry.username: goes with passwordFile"),
+        ({"registry": {"type": "etcd", "leaseRenewMargin": "1s"}}, "overlay.registry.leaseRenewMargin: must be between 1m"),
+        ({"publicIP": "fd00::1"}, "overlay.publicIP: must be an IPv4 address, is 'fd00::1'"),
+    ],
+)
+def test_refuses_a_wrong_overlay(overlay, words):
+    """What cannot be meant in the overlay section is an error that starts with its path."""
+    with pytest.raises(ConfigError) as caught:
+        read_overlay({"Network": "10.244.0.0/16", **overlay})
+    assert str(caught.value).startswith(words)

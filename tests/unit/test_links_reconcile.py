@@ -150,7 +150,7 @@ def test_adopts_an_identical_link() -> None:
 def test_recreates_a_link_of_other_kind() -> None:
     """A link of our name with another VNI is replaced, and everything on it is made anew."""
     kernel = FakeLinks()
-    for obj in (msgspec.structs.replace(TUNNEL, vxlan=Vxlan(2, None, "eth0"), alias=""), OWN, *peer(2)):
+    for obj in (msgspec.structs.replace(TUNNEL, kind=Vxlan(2, None, "eth0"), alias=""), OWN, *peer(2)):
         kernel.put(obj)
     reconciler = LinkReconciler(kernel)
     reconciler.set_desired(state(2))

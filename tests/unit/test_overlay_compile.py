@@ -5,11 +5,10 @@ from __future__ import annotations
 from ipaddress import ip_address, ip_interface, ip_network
 
 import pytest
-from overlay_worlds import DIRECT, DUAL, FAR, HOST_GW, N1, N2, UPLINK, VXLAN, node, snapshot
+from overlay_worlds import DIRECT, DUAL, FAR, HOST_GW, N1, N2, UPLINK, VXLAN, compile_nodes, node, snapshot
 
 from clusterstate.objects import Node
 from kernelstate.objects.links import Uplink
-from overlay.compile import compile_peers
 from overlay.lease import Vtep, derived_mac
 from overlay.netconf import NetConf
 from overlay.oracle import path_of
@@ -19,7 +18,7 @@ A = "flannel.alpha.coreos.com/"
 
 
 def compiled(*nodes: Node, conf: NetConf = VXLAN, uplink: Uplink = UPLINK) -> PeerTable:
-    return compile_peers(snapshot(N1, *nodes), "n1", conf, uplink)
+    return compile_nodes(snapshot(N1, *nodes), "n1", conf, uplink)
 
 
 def problems(table: PeerTable) -> list[str]:
@@ -29,8 +28,8 @@ def problems(table: PeerTable) -> list[str]:
 @pytest.mark.parametrize(
     ("conf", "near", "far"),
     [
-        (VXLAN, Reach.ENCAPSULATED, Reach.ENCAPSULATED),
-        (DIRECT, Reach.DIRECT, Reach.ENCAPSULATED),
+        (VXLAN, Reach.VXLAN, Reach.VXLAN),
+        (DIRECT, Reach.DIRECT, Reach.VXLAN),
         (HOST_GW, Reach.DIRECT, None),
     ],
 )
@@ -129,7 +128,7 @@ def test_conflict_has_one_winner() -> None:
 def test_own_end() -> None:
     """The own end takes its MAC from its name, its address from the uplink when the node is told by another (NAT)."""
     own = node("n1", "10.244.1.0/24", "192.168.1.1", {A + "public-ip-overwrite": "203.0.113.1", A + "backend-type": "udp"})
-    table = compile_peers(snapshot(own), "n1", VXLAN, UPLINK)
+    table = compile_nodes(snapshot(own), "n1", VXLAN, UPLINK)
     (way,) = table.own
     assert (way.public_ip, way.vtep) == (ip_address("192.168.1.1"), Vtep(1, derived_mac("n1", 1, 4)))
 
@@ -140,7 +139,7 @@ def test_without_an_end_no_peers() -> None:
     table = compiled(N2, conf=DUAL, uplink=uplink)
     assert [len(peer.ways) for peer in table.peers] == [1]
     assert problems(table) == ["Node n1: status.addresses: fd00:1::1: the uplink eth0 has no IPv6 address"]
-    assert compile_peers(snapshot(N2), "n1", VXLAN, UPLINK).peers == ()
+    assert compile_nodes(snapshot(N2), "n1", VXLAN, UPLINK).peers == ()
 
 
 @pytest.mark.parametrize(

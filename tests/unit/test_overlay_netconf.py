@@ -51,7 +51,12 @@ def test_accepts(raw: dict[str, object], expected: NetConf) -> None:
         ({**V4, "EnableIPv6": True}, "IPv6Network: must be given with EnableIPv6"),
         ({**V4, "EnableIPv6": "yes"}, "EnableIPv6: must be true or false, is 'yes'"),
         ({**V4, "EnableIPv4": False}, "EnableIPv4: must be true unless EnableIPv6 is, is False"),
-        ({**V4, "EnableNFTables": True}, "EnableNFTables: must be false or left out"),
+        ({**V4, "EnableNFTables": 1}, "EnableNFTables: must be true or false, is 1"),
+        (
+            {**V4, "Backend": {"Type": "udp", "Engine": "warp"}},
+            "Backend.Engine: must be one of auto, userspace, kernel, is 'warp'",
+        ),
+        ({**V4, "Backend": {"Type": "udp", "VNI": 1}}, "Backend.VNI: unknown field; there are Type, Port, MTU, Engine"),
         ({**V4, "Netwrok": 1}, "Netwrok: unknown field; there are Network,"),
         ({**V4, "network": "10.0.0.0/8"}, "network: is there twice, in different case"),
         ({**V4, "Backend": "vxlan"}, "Backend: must be an object, is 'vxlan'"),
@@ -79,14 +84,6 @@ def test_refuses(raw: dict[str, object], words: str) -> None:
         parse_net_conf(raw)
     assert isinstance(caught.value, NetConfError)
     assert str(caught.value).startswith(words)
-
-
-def test_notes_what_is_not_used() -> None:
-    """Fields that only matter to a registry that hands out subnets are named as not used."""
-    assert parse_net_conf(V4).notes == ()
-    assert [note.partition(":")[0] for note in parse_net_conf({**V4, "SubnetLen": 24}).notes] == [
-        "SubnetLen/SubnetMin/SubnetMax"
-    ]
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,12 @@ from __future__ import annotations
 from ipaddress import ip_address
 
 import pytest
-from overlay_worlds import DIRECT, DUAL, FAR, HOST_GW, N1, N2, UPLINK, VXLAN, snapshot
+from overlay_worlds import DIRECT, DUAL, FAR, HOST_GW, N1, N2, UPLINK, VXLAN, compile_nodes, snapshot
 
 from kernelstate.objects.address import Prefix
 from kernelstate.objects.links import Address, FdbEntry, Link, LinkState, Neigh, Route, Vxlan
 from kernelstate.objects.netfilter import ChainKey, Masquerade
 from kernelstate.text.iptables_save import print_ruleset
-from overlay.compile import compile_peers
 from overlay.lease import derived_mac
 from overlay.netconf import NetConf, VxlanBackend
 from overlay.render.hostgw import render_hostgw
@@ -24,7 +23,7 @@ M1, M2, M3 = (derived_mac(n, 1, 4) for n in ("n1", "n2", "n3"))
 
 
 def table(conf: NetConf) -> PeerTable:
-    return compile_peers(snapshot(N1, N2, FAR), "n1", conf, UPLINK)
+    return compile_nodes(snapshot(N1, N2, FAR), "n1", conf, UPLINK)
 
 
 def test_vxlan_layout() -> None:
@@ -58,7 +57,7 @@ def test_backend_options_reach_the_link() -> None:
     """VNI, port, learning, GBP and the stated MTU are the link's."""
     conf = NetConf(VXLAN.network, backend=VxlanBackend(vni=7, port=4789, mtu=9000, gbp=True, learning=True))
     (link,) = render_vxlan(table(conf)).links
-    assert (link.name, link.mtu, link.vxlan) == (
+    assert (link.name, link.mtu, link.kind) == (
         "flannel.7",
         8950,
         Vxlan(7, ip_address("192.168.1.1"), "eth0", 4789, True, True),

@@ -1,0 +1,34 @@
+"""What a registry says of the nodes in the overlay, one node at a time: the common ground of all registries.
+
+Node objects ---- registry/nodes.py --.
++--> Member ... --> compile.py: claims held against each other --> PeerTable
+leases in etcd -- registry/etcd.py ---'
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from clusterstate.objects import IPAddress, IPNetwork
+from overlay.lease import Vtep
+from overlay.table import PeerProblem
+
+
+class Registration(msgspec.Struct, frozen=True):
+    """What one node states for one family. ``pod_field`` and ``ip_field`` say where its pod network and address were found."""
+
+    node: str
+    family: int
+    pod_cidr: IPNetwork
+    public_ip: IPAddress
+    ip_field: str
+    vtep: Vtep | None
+    pod_field: str = "spec.podCIDRs"
+
+
+class Member(msgspec.Struct, frozen=True):
+    """One node as its registry has it: registrations by family, IPv4 first, and what keeps others out."""
+
+    node: str
+    registrations: tuple[Registration, ...] = ()
+    problems: tuple[PeerProblem, ...] = ()
