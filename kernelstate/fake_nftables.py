@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from ipaddress import ip_address
 
 from kernelstate.errors import KernelRefusedError
@@ -65,9 +65,9 @@ class FakeNftables:
         """There is nothing to select on."""
         return -1
 
-    def touched(self, name: str) -> frozenset[TableKey] | None:
+    def touched(self, keys: Collection[TableKey]) -> frozenset[TableKey] | None:
         """Return the tables that ``run`` has changed; None if ``miss`` was set."""
-        found = frozenset(key for key in self._touched if key.name == name)
+        found = frozenset(self._touched.intersection(keys))
         missed, self.miss = self.miss, False
         self._touched.clear()
         return None if missed else found

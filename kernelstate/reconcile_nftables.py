@@ -8,8 +8,8 @@
                |                  +-- refused: in parts    +-- observed once, then remembered
                +-- refused, changed
 
-Here is what the agent drives: both families behind one face. Each family has one table of the same name, which is ours whole:
-it is made, replaced and deleted, and whatever others put into it goes. Others' tables are neither read nor written, and their
+Here is what the agent drives: both families behind one face. Each family has one table, which is ours whole: it is made,
+replaced and deleted, and whatever others put into it goes. Others' tables are neither read nor written, and their
 commits cost a look at a message. It has no owner flag: the kernel keeps forwarding when this program ends.
 
 What is decided per table is in ``reconcile_table.py``; what the difference is in ``diff_nftables.py``.
@@ -25,24 +25,23 @@ from kernelstate.ports import SyncReport
 from kernelstate.reconcile_table import NO_CHANGE, TableKeeper, TablePort
 
 TABLE = "nodeplane"
-FAMILIES: tuple[Family, ...] = (4, 6)
+NAMES: Mapping[Family, str] = {4: TABLE, 6: TABLE}
 
 SHOWN_ERRORS = 20
 """So many refusals of one sync are told one by one; the rest as a number."""
 
 
 class NftablesReconciler:
-    """The tables named ``name`` in one network namespace; implements ``ports.Reconciler``.
+    """One table a family in one network namespace, ``nodeplane`` unless ``names`` says otherwise; implements ``ports.Reconciler``.
 
-    Not safe for use by several threads at once.
+    ``port`` is not to be shared with another reconciler: events are told once. Not safe for use by several threads at once.
     """
 
-    part = "nftables"
-
-    def __init__(self, port: TablePort, name: str = TABLE) -> None:
+    def __init__(self, port: TablePort, names: Mapping[Family, str] = NAMES, part: str = "nftables") -> None:
+        self.part = part
         self._port = port
-        self._name = name
-        self._keepers = {family: TableKeeper(TableKey(family, name), port) for family in FAMILIES}
+        self._keepers = {family: TableKeeper(TableKey(family, name), port) for family, name in names.items()}
+        self._keys = frozenset(keeper.key for keeper in self._keepers.values())
         self._is_managed = False
 
     def set_desired(self, tables: Mapping[Family, Table], changes: Mapping[Family, TableChange] | None = None) -> None:
@@ -95,7 +94,7 @@ class NftablesReconciler:
 
     def _hear(self) -> bool:
         """Forget the tables that somebody else touched; whether there were any."""
-        touched = self._port.touched(self._name)
+        touched = self._port.touched(self._keys)
         found = [keeper for keeper in self._keepers.values() if touched is None or keeper.key in touched]
         for keeper in found:
             keeper.forget()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 from kernelstate.contain_nftables import Refused, describe, write_in_parts
@@ -36,8 +36,8 @@ class TablePort(Protocol):
     def fileno(self) -> int:
         """Return a descriptor that becomes readable when any table changed."""
 
-    def touched(self, name: str) -> frozenset[TableKey] | None:
-        """Return which tables of that name somebody else changed since the last call; None if that is not known."""
+    def touched(self, keys: Collection[TableKey]) -> frozenset[TableKey] | None:
+        """Return which of the tables somebody else may have changed since the last call; None if that is not known."""
 
     def observe(self, key: TableKey, like: Table) -> Table | None:
         """Return what the kernel holds, None if there is no such table; what equals ``like`` is the same in the answer.

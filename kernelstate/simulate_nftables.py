@@ -28,6 +28,7 @@ from kernelstate.objects.address import BITS, Family, IPAddress, Prefix, address
 from kernelstate.objects.netfilter import Ruleset
 from kernelstate.objects.netfilter import Table as FilterTable
 from kernelstate.objects.nftables import (
+    AcceptPacket,
     AddressIs,
     Chain,
     Chance,
@@ -56,6 +57,7 @@ from kernelstate.objects.nftables import (
     Random,
     Refuse,
     Remember,
+    ReturnToCaller,
     Rule,
     SourceHash,
     Statement,
@@ -186,6 +188,10 @@ class NftablesSimulator(Simulator):
                 yield "reject", _told(what, state, "rejected")
             case DropPacket():
                 yield "drop", _told(what, state, "dropped")
+            case AcceptPacket():
+                yield "accept", _told(what, state, "accepted here")
+            case ReturnToCaller():
+                yield "return", _told(what, state, "no further here")
             case _:
                 assert_never(statement)
 

@@ -14,7 +14,7 @@ from kernelstate.ports import Reconciler
 from kernelstate.reconcile import NetfilterReconciler
 from kernelstate.reconcile_links import LinkReconciler
 from nodeplane.commands import Failed
-from nodeplane.host_kernel import VARIANTS, other_modes
+from nodeplane.host_kernel import VARIANTS, other_modes, overlay_tables
 from nodeplane.pipeline import OWNERSHIP
 from nodeplane.status import LOCK_FILE, STATUS_FILE, AlreadyRunningError, read_status, take_lock
 
@@ -58,4 +58,5 @@ def _reconcilers() -> Iterator[Reconciler]:
         if is_available(variant):
             yield NetfilterReconciler(IptablesPort(variant), OWNERSHIP, families())
     yield from other_modes("", None)
+    yield overlay_tables()
     yield LinkReconciler(LinuxLinks())

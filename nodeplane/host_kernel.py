@@ -24,6 +24,7 @@ from kernelstate.reconcile_links import LinkReconciler
 from nodeplane.config import NodeConfig
 from nodeplane.kernel import IpvsParts, NodeKernel
 from nodeplane.pipeline import OWNERSHIP
+from overlay.render.masquerade_nftables import NAMES
 from proxy.render.ipvs_program import LINK
 from proxy.settings import ProxySettings
 
@@ -51,7 +52,8 @@ def host_kernel(config: NodeConfig, chains: int) -> HostKernel:
     variant, reason = _variant(config, chains)
     links = LinuxLinks() if config.overlay else None
     nftables = _nftables() if config.mode == "nftables" else None
-    watched = [part.fileno() for part in (links, nftables) if part is not None]
+    tables = overlay_tables() if config.overlay and config.overlay.net_conf.nftables else None
+    watched = [part.fileno() for part in (links, nftables, tables) if part is not None]
     ipvs = None
     if config.mode == "ipvs":
         ipvs, descriptor = _ipvs(config.services or ProxySettings())
@@ -59,10 +61,15 @@ def host_kernel(config: NodeConfig, chains: int) -> HostKernel:
     kernel = NodeKernel(
         NetfilterReconciler(IptablesPort(variant), OWNERSHIP),
         links=LinkReconciler(links) if links else None,
+        overlay_tables=tables,
         nftables=nftables,
         ipvs=ipvs,
         families=families(),
-        retired=[*_other_variants(variant), *other_modes(config.mode, config.services)],
+        retired=[
+            *_other_variants(variant),
+            *other_modes(config.mode, config.services),
+            *([overlay_tables()] if config.overlay and tables is None else []),
+        ],
     )
     return HostKernel(kernel, variant, reason, tuple(watched))
 
@@ -86,6 +93,14 @@ def other_modes(mode: str, settings: ProxySettings | None) -> list[Reconciler]:
     if mode != "ipvs":
         found += _leftovers_of_ipvs(settings)
     return found
+
+
+def overlay_tables() -> NftablesReconciler:
+    """Return what keeps the overlay's rules in nftables."""
+    from kernelstate.linux.nftables import NftablesPort  # noqa: PLC0415
+    from kernelstate.reconcile_nftables import NftablesReconciler  # noqa: PLC0415
+
+    return NftablesReconciler(NftablesPort(), NAMES, "overlay rules")
 
 
 def _nftables() -> NftablesReconciler:

@@ -53,12 +53,14 @@ class NodeKernel:
         netfilter: NetfilterReconciler,
         *,
         links: LinkReconciler | None = None,
+        overlay_tables: NftablesReconciler | None = None,
         nftables: NftablesReconciler | None = None,
         ipvs: IpvsParts | None = None,
         families: Sequence[Family] = (4, 6),
         retired: Sequence[Reconciler] = (),
     ) -> None:
         self.netfilter, self.links, self.nftables, self.ipvs = netfilter, links, nftables, ipvs
+        self.overlay_tables = overlay_tables
         self.families = tuple(families)
         """The families whose packet filter this kernel has."""
         self.retired = list(retired)
@@ -66,7 +68,7 @@ class NodeKernel:
     @property
     def parts(self) -> list[Reconciler]:
         """The parts in the order in which they are written."""
-        found: list[Reconciler | None] = [self.links, self.nftables, *(self.ipvs or ()), self.netfilter]
+        found: list[Reconciler | None] = [self.links, self.overlay_tables, self.nftables, *(self.ipvs or ()), self.netfilter]
         return [part for part in found if part is not None]
 
     def set_desired(self, desired: Desired) -> None:
@@ -81,6 +83,8 @@ class NodeKernel:
             self.ipvs.set_desired(desired.services, change, desired.ipvs_ownership)
         if self.links is not None and desired.links is not None:
             self.links.set_desired(desired.links)
+        if self.overlay_tables is not None:
+            self.overlay_tables.set_desired(desired.overlay_tables)
 
     def sync(self) -> list[SyncReport]:
         """Write what differs, part by part, then empty what is retired."""
@@ -114,6 +118,6 @@ class NodeKernel:
 
     def forget(self) -> None:
         """Trust no memory of what only a full look shows: the next sync observes rules, tables, servers."""
-        for part in (self.netfilter, self.nftables, *(self.ipvs or ())):
+        for part in (self.netfilter, self.overlay_tables, self.nftables, *(self.ipvs or ())):
             if part is not None:
                 part.forget()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from typing import TypedDict
 
 import msgspec
 
@@ -21,6 +22,7 @@ from kernelstate.diff_ipvs import IpvsOwnership
 from kernelstate.objects.address import Family, Prefix
 from kernelstate.objects.links import LinkState
 from kernelstate.objects.netfilter import Anchor, ChainKey, Rule, Ruleset
+from kernelstate.objects.nftables import Table
 from kernelstate.ownership import Ownership
 from nodeplane.config import NodeConfig
 from nodeplane.config_overlay import OverlayOptions
@@ -31,6 +33,7 @@ from overlay.registry.nodes import read_nodes
 from overlay.render.hostgw import render_hostgw
 from overlay.render.masquerade import CHAIN_NAMES as OVERLAY_CHAINS
 from overlay.render.masquerade import render_masquerade
+from overlay.render.masquerade_nftables import render_masquerade_tables
 from overlay.render.vxlan import render_vxlan
 from overlay.table import PeerTable, Uplink
 from proxy.compile import BALANCE, ServiceCompiler
@@ -74,6 +77,8 @@ class Desired(msgspec.Struct, frozen=True):
     """What of it differs from the ``Desired`` before; None: compare all."""
     links: LinkState | None
     """None: the overlay is somebody else's."""
+    overlay_tables: Mapping[Family, Table]
+    """The overlay's rules where they go through nftables."""
     peers: PeerTable | None
     stale: StaleFlows
     problems: tuple[str, ...]
@@ -83,6 +88,13 @@ class Desired(msgspec.Struct, frozen=True):
     """What is answered on the health check ports of Services."""
     health_places: Places = {}
     """Where those ports are open."""
+
+
+class _Masquerade(TypedDict):
+    ip_masq: bool
+    random_fully: bool
+    forward_rules: bool
+    never_masquerade: tuple[Prefix, ...]
 
 
 class Pipeline:
@@ -99,6 +111,7 @@ class Pipeline:
         """How many rules there are in chains of ours."""
         self._chains: dict[ChainKey, tuple[Rule, ...]] = {}
         self._masquerade = Ruleset({})
+        self._overlay_tables: dict[Family, Table] = {}
         self._consistent: set[Name] = set()
         self._health: dict[Name, tuple[HealthEndpoint, ...]] = {}
         self._service_families: Counter[Family] = Counter()
@@ -128,6 +141,7 @@ class Pipeline:
             services=self.program.state if self.program else ServiceState(),
             service_change=change,
             links=self._links,
+            overlay_tables=self._overlay_tables,
             peers=self.peers,
             stale=stale,
             problems=self._problems(update.snapshot),
@@ -211,14 +225,21 @@ class Pipeline:
             members = read_nodes(snapshot.nodes, self.config.node_name, options.net_conf)
         self.peers = compile_peers(members, self.config.node_name, options.net_conf, facts.uplink)
         self._links = _OVERLAY_RENDERERS[options.net_conf.backend.type](self.peers)
+        return self._render_masquerade(options, self.peers)
+
+    def _render_masquerade(self, options: OverlayOptions, peers: PeerTable) -> bool:
+        """Render the rules beside the tunnel, as iptables' or as nftables'; return whether the former changed."""
         before = self._masquerade
-        self._masquerade = render_masquerade(
-            self.peers,
+        wanted = _Masquerade(
             ip_masq=options.ip_masq,
             random_fully=self.settings.random_fully if self.settings else True,
             forward_rules=options.forward_rules,
             never_masquerade=options.no_masquerade,
         )
+        if options.net_conf.nftables:
+            self._overlay_tables = render_masquerade_tables(peers, **wanted)
+        else:
+            self._masquerade = render_masquerade(peers, **wanted)
         return self._masquerade != before
 
     # -- putting together --------------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ from kernelstate.text.ipvsadm import print_servers
 from kernelstate.text.nft import print_table
 from nodeplane.commands import Usage
 from nodeplane.objects_input import NodeView, read_view
+from overlay.render.masquerade_nftables import NAMES
 from proxy.render.ipvs_program import LINK
 from proxy.render.nftables import TABLE
 
+NFT_HEADER = "# nft -f -"
 _TOOLS: dict[int, str] = {4: "iptables-restore --noflush", 6: "ip6tables-restore --noflush"}
 
 
@@ -67,12 +69,14 @@ def _sections(texts: list[tuple[str, str]]) -> str:
 
 
 def render_overlay_text(view: NodeView) -> str:
-    """Return the overlay's links, routes, neighbours and FDB entries as input for ip and bridge."""
+    """Return the overlay's links, routes, neighbours and FDB entries as input for ip and bridge, then rules that are its own."""
     if view.config.overlay is None:
         raise Usage("--part overlay: the configuration has no overlay; give one with --config")
     if view.desired.links is None:
         raise Usage(f"--part overlay: Node {view.config.node_name} has no address among the objects")
-    return print_links(view.desired.links)
+    tables, names = view.desired.overlay_tables, NAMES
+    rules = "".join(print_table(TableKey(f, names[f]), tables[f]) for f in sorted(tables))
+    return print_links(view.desired.links) + (f"{NFT_HEADER}\n{rules}" if rules else "")
 
 
 def _families(view: NodeView, stated: str | None) -> tuple[Family, ...]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from collections.abc import Collection
 
 from kernelstate.linux.nfnetlink import NETLINK_NETFILTER
 from kernelstate.objects.address import Family
@@ -65,9 +66,9 @@ class NftEvents:
         """Listen to none; what has been told already can still be read."""
         self._socket.setsockopt(SOL_NETLINK, DROP_MEMBERSHIP, GROUP_NFTABLES)
 
-    def drain(self, name: str) -> frozenset[TableKey] | None:
-        """Return which tables of that name were touched since the last call; None if something was missed. Never blocks."""
-        mark = name.encode() + b"\0"
+    def drain(self, keys: Collection[TableKey]) -> frozenset[TableKey] | None:
+        """Return which of the tables were touched since the last call; None if something was missed. Never blocks."""
+        marks = {name: name.encode() + b"\0" for _, name in keys}
         found: set[TableKey] = set()
         lost = False
         for _ in range(DATAGRAMS):
@@ -80,8 +81,9 @@ class NftEvents:
                     raise
                 lost = True
                 continue
-            if mark in data:
-                found.update(TableKey(family, name) for family in _touched(data, mark))
+            for name, mark in marks.items():
+                if mark in data:
+                    found.update(TableKey(family, name) for family in _touched(data, mark))
         return None
 
 

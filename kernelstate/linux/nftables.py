@@ -16,7 +16,7 @@ Source: libnftables(3), net/netfilter/nf_tables_api.c.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import islice
 
 from kernelstate.diff_nftables import ABSENT
@@ -72,9 +72,9 @@ class NftablesPort:
         """Return the kernel's count of commits in this namespace."""
         return _generation(self._netlink)
 
-    def touched(self, name: str) -> frozenset[TableKey] | None:
-        """Return which tables of that name somebody else changed since the last call; None if that is not known."""
-        found = self._events.drain(name)
+    def touched(self, keys: Collection[TableKey]) -> frozenset[TableKey] | None:
+        """Return which of the tables somebody else may have changed since the last call; None if that is not known."""
+        found = self._events.drain(keys)
         missed, self._missed = self._missed, False
         return None if missed else found
 

@@ -224,6 +224,14 @@ class DropPacket(msgspec.Struct, frozen=True, gc=False):
     """``drop``."""
 
 
+class AcceptPacket(msgspec.Struct, frozen=True, gc=False):
+    """``accept``: done with this hook's chain; chains of later priorities still see the packet."""
+
+
+class ReturnToCaller(msgspec.Struct, frozen=True, gc=False):
+    """``return``: back to the calling chain; in a base chain, its end."""
+
+
 Statement: TypeAlias = (
     OrMark
     | XorMark
@@ -236,6 +244,8 @@ Statement: TypeAlias = (
     | MasqueradeFully
     | Refuse
     | DropPacket
+    | AcceptPacket
+    | ReturnToCaller
 )
 
 

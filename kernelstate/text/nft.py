@@ -21,6 +21,7 @@ from typing import assert_never, cast
 
 from kernelstate.objects.address import Family, address_text
 from kernelstate.objects.nftables import (
+    AcceptPacket,
     AddressIs,
     Chain,
     Chance,
@@ -51,6 +52,7 @@ from kernelstate.objects.nftables import (
     Random,
     Refuse,
     Remember,
+    ReturnToCaller,
     Rule,
     SourceHash,
     Statement,
@@ -343,4 +345,8 @@ def _statement(family: Family, statement: Statement) -> str:
             return "reject"
         case DropPacket():
             return "drop"
+        case AcceptPacket():
+            return "accept"
+        case ReturnToCaller():
+            return "return"
     assert_never(statement)
