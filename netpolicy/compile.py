@@ -1,0 +1,279 @@
+"""From NetworkPolicies, pods and namespaces to the policy table of one node; as incremental as the change is small. Pure.
+
+    snapshot --changed--> which pods does a policy of their namespace select?      pods.policies
+                          which pods does a peer select?        (selections.py)    rule.pods
+                          where do named ports lead?                               rule.doors
+
+Only policies that select a pod of this node are looked at any further: the peers of others cost nothing here. A pod is a pod in
+this sense while it has addresses of its own: not before it is given any, not on the node's network, and not once it has ended,
+for then its address may be another's (kubernetes#92697). Whether it is ready does not matter.
+
+Source: Kubernetes networking/v1 types.go, KEP-2079 (port ranges).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import msgspec
+
+from clusterstate.objects import NetworkPolicy, ObjectRef, Pod, PolicyPort, PolicyRule
+from clusterstate.snapshot import Name, Snapshot
+from netpolicy.blocks import intervals
+from netpolicy.selections import Selection, Selections
+from netpolicy.selector import selects
+from netpolicy.table import DIRECTIONS, AllowRule, Direction, Door, PodPolicy, PolicyTable, PortRange, RuleKey
+
+LAST_PORT = 65535
+
+
+class PolicyChange(msgspec.Struct, frozen=True):
+    """What of a table may differ from the one before: pods and policies by name, with what stood there (None: nothing)."""
+
+    pods: dict[Name, PodPolicy | None]
+    rules: dict[Name, tuple[AllowRule, ...] | None]
+
+
+def compile_policies(snapshot: Snapshot, node: str | None) -> PolicyTable:
+    """Return the table of one node's pods; None: of every pod in the cluster."""
+    compiler = PolicyCompiler(node)
+    compiler.update(snapshot, None)
+    return compiler.table
+
+
+class PolicyCompiler:
+    """One node's table (or with ``node`` None the whole cluster's), moved along by snapshots."""
+
+    def __init__(self, node: str | None) -> None:
+        self.node = node
+        self.pods: dict[Name, PodPolicy] = {}
+        self.rules: dict[Name, tuple[AllowRule, ...]] = {}
+        self._snapshot = Snapshot()
+        self._selections = Selections()
+        self._targets: dict[Name, set[Name]] = defaultdict(set)
+        """By policy: the pods here that it selects."""
+        self._policies_of: dict[str, set[Name]] = defaultdict(set)
+        """By namespace."""
+
+    @property
+    def table(self) -> PolicyTable:
+        """The table as it stands; its mappings change with the next update."""
+        return PolicyTable(self.pods, self.rules)
+
+    def update(self, snapshot: Snapshot, changed: frozenset[ObjectRef] | None) -> PolicyChange:
+        """Take in a snapshot. ``changed`` names every object that differs from the one before; None: any may."""
+        before, self._snapshot = self._snapshot, snapshot
+        pods, namespaces, policies = _changed(before, snapshot, changed)
+        pods |= {name for name in {*before.pods, *snapshot.pods} if name[0] in namespaces} if namespaces else set()
+        for name in pods:
+            self._selections.move(name, _live(snapshot.pods.get(name)), snapshot.namespaces)
+        for name in policies:
+            self._file(name)
+        stale = {name for name in policies if name in self.rules}
+        touched = self._aim(pods, policies)
+        stale |= {name for name, found in self._targets.items() if found and name not in self.rules}
+        stale |= {name for name in self.rules if not self._targets.get(name)}
+        stale |= self._with_doors(touched)
+        stale |= self._selections.dirty_users()
+        change = PolicyChange({}, {})
+        for name in sorted(stale):
+            _settle(self.rules, name, self._rules(name), change.rules)
+        for name in sorted(touched):
+            _settle(self.pods, name, self._pod(name), change.pods)
+        return change
+
+    # -- which policies are for which pods -----------------------------------------------------------------------------
+
+    def _file(self, name: Name) -> None:
+        if name in self._snapshot.policies:
+            self._policies_of[name[0]].add(name)
+        else:
+            self._policies_of[name[0]].discard(name)
+
+    def _aim(self, pods: Iterable[Name], policies: Iterable[Name]) -> set[Name]:
+        """Find anew which pods here are selected by which policies, as far as these changed; return the pods concerned."""
+        touched: set[Name] = set()
+        for name in pods:
+            pod = self._here(name)
+            for policy in self._policies_of[name[0]]:
+                if self._set_target(policy, name, pod):
+                    touched.add(name)
+            if name in self.pods:
+                touched.add(name)
+        for policy in policies:
+            touched |= self._targets[policy]
+            for name in self._pods_of(policy[0]):
+                if self._set_target(policy, name, self._here(name)):
+                    touched.add(name)
+            if policy not in self._snapshot.policies:
+                del self._targets[policy]
+        return touched
+
+    def _set_target(self, policy: Name, name: Name, pod: Pod | None) -> bool:
+        """Settle whether a policy selects a pod; return whether it does or did."""
+        stated = self._snapshot.policies.get(policy)
+        targets = self._targets[policy]
+        did = name in targets
+        does = pod is not None and stated is not None and selects(stated.pod_selector, pod.labels)
+        if does:
+            targets.add(name)
+        else:
+            targets.discard(name)
+        return does or did
+
+    def _here(self, name: Name) -> Pod | None:
+        pod = _live(self._snapshot.pods.get(name))
+        return pod if pod is not None and self.node in (None, pod.node) else None
+
+    def _pods_of(self, namespace: str) -> list[Name]:
+        return [name for name in self._selections.names if name[0] == namespace]
+
+    # -- what stands in the table --------------------------------------------------------------------------------------
+
+    def _pod(self, name: Name) -> PodPolicy | None:
+        pod = self._here(name)
+        if pod is None:
+            return None
+        found: dict[Direction, list[Name]] = {"ingress": [], "egress": []}
+        for policy in sorted(self._policies_of[name[0]]):
+            if name in self._targets[policy]:
+                for direction in DIRECTIONS:
+                    if _isolates(self._snapshot.policies[policy], direction):
+                        found[direction].append(policy)
+        ingress, egress = (tuple(found[direction]) or None for direction in DIRECTIONS)
+        return PodPolicy(name, pod.ips, ingress, egress) if ingress or egress else None
+
+    def _rules(self, name: Name) -> tuple[AllowRule, ...] | None:
+        policy = self._snapshot.policies.get(name)
+        if policy is None or not self._targets.get(name):
+            self._selections.forget(name)
+            return None
+        self._selections.use(name, {s for rule in (*policy.ingress, *policy.egress) for s in _selections(policy, rule)})
+        stated: list[tuple[Direction, int, PolicyRule]] = []
+        for direction, rules in (("ingress", policy.ingress), ("egress", policy.egress)):
+            if _isolates(policy, direction):  # type: ignore[arg-type]
+                stated += [(direction, i, rule) for i, rule in enumerate(rules)]  # type: ignore[misc]
+        return tuple(self._rule(policy, direction, i, rule) for direction, i, rule in stated)
+
+    def _rule(self, policy: NetworkPolicy, direction: Direction, index: int, rule: PolicyRule) -> AllowRule:
+        key = RuleKey((policy.namespace, policy.name), direction, index)
+        blocks = intervals(peer.ip_block for peer in rule.peers if peer.ip_block is not None)
+        return AllowRule(
+            key=key,
+            everybody=not rule.peers,
+            pods=self._selections.addresses(_selections(policy, rule)),
+            blocks=blocks,
+            every_port=not rule.ports,
+            ports=_ports(rule.ports),
+            doors=frozenset(self._doors(key, rule, policy)),
+        )
+
+    def _doors(self, key: RuleKey, rule: PolicyRule, policy: NetworkPolicy) -> Iterator[Door]:
+        """Yield where ports stated by name lead: at the pods that are selected, or at the peers that are pods."""
+        wanted = {(port.protocol, port.port) for port in rule.ports if isinstance(port.port, str)}
+        if not wanted:
+            return
+        names: Iterable[Name] = self._targets[key.policy]
+        if key.direction == "egress":
+            names = self._peers(rule, policy)
+        for name in names:
+            pod = self._snapshot.pods[name]
+            for port in pod.ports:
+                if (port.protocol, port.name) in wanted:
+                    yield from (Door(address, port.protocol, port.port) for address in pod.ips)
+
+    def _peers(self, rule: PolicyRule, policy: NetworkPolicy) -> Iterator[Name]:
+        """Yield the pods among a rule's peers, those inside its address blocks as well."""
+        if not rule.peers:
+            yield from self._selections.names
+            return
+        chosen = self._selections.members(_selections(policy, rule))
+        blocks = intervals(peer.ip_block for peer in rule.peers if peer.ip_block is not None)
+        for name in self._selections.names:
+            ips = self._snapshot.pods[name].ips
+            if name in chosen or any(b.family == ip.version and b.first <= int(ip) <= b.last for b in blocks for ip in ips):
+                yield name
+
+    def _with_doors(self, touched: set[Name]) -> set[Name]:
+        """Return the policies whose named ports have to be looked up again because pods changed."""
+        found = set()
+        for name in self.rules:
+            policy = self._snapshot.policies.get(name)
+            if policy is None:
+                continue
+            at_peers = self._selections.moved and any(map(_has_names, policy.egress))
+            if at_peers or (any(map(_has_names, policy.ingress)) and touched & self._targets[name]):
+                found.add(name)
+        return found
+
+
+_Value = TypeVar("_Value")
+
+
+def _settle(held: dict[Name, _Value], name: Name, after: _Value | None, noted: dict[Name, _Value | None]) -> None:
+    """Let ``after`` stand under a name (None: nothing), and note what stood there if that is a change."""
+    before = held.get(name)
+    if before == after:
+        return
+    noted[name] = before
+    if after is None:
+        del held[name]
+    else:
+        held[name] = after
+
+
+def _isolates(policy: NetworkPolicy, direction: Direction) -> bool:
+    return policy.isolates_ingress if direction == "ingress" else policy.isolates_egress
+
+
+def _selections(policy: NetworkPolicy, rule: PolicyRule) -> tuple[Selection, ...]:
+    """Return what a rule's peers select; a podSelector alone is of the policy's own namespace."""
+    return tuple(
+        Selection(policy.namespace if peer.namespace_selector is None else "", peer.namespace_selector, peer.pod_selector)
+        for peer in rule.peers
+        if peer.ip_block is None
+    )
+
+
+def _has_names(rule: PolicyRule) -> bool:
+    return any(isinstance(port.port, str) for port in rule.ports)
+
+
+def _ports(ports: Iterable[PolicyPort]) -> tuple[PortRange, ...]:
+    """Return the ports stated by number, sorted and disjoint."""
+    found: list[PortRange] = []
+    for part in sorted(_range(port) for port in ports if not isinstance(port.port, str)):
+        before = found[-1] if found else None
+        if before is not None and before.protocol == part.protocol and part.first <= before.last + 1:
+            found[-1] = PortRange(part.protocol, before.first, max(before.last, part.last))
+        else:
+            found.append(part)
+    return tuple(found)
+
+
+def _range(port: PolicyPort) -> PortRange:
+    if port.port is None:
+        return PortRange(port.protocol, 0, LAST_PORT)
+    assert isinstance(port.port, int)
+    return PortRange(port.protocol, port.port, port.end_port or port.port)
+
+
+def _live(pod: Pod | None) -> Pod | None:
+    """Return a pod that has addresses of its own now, else None."""
+    ended = pod is None or pod.phase in ("Succeeded", "Failed")
+    return None if ended or pod.host_network or not pod.ips else pod  # type: ignore[union-attr]
+
+
+def _changed(before: Snapshot, after: Snapshot, changed: frozenset[ObjectRef] | None) -> tuple[set[Name], set[str], set[Name]]:
+    """Return the names of pods, namespaces and policies that may differ."""
+    if changed is None:
+        pods = {name for name in {*before.pods, *after.pods} if before.pods.get(name) != after.pods.get(name)}
+        spaces = {n for n in {*before.namespaces, *after.namespaces} if before.namespaces.get(n) != after.namespaces.get(n)}
+        policies = {n for n in {*before.policies, *after.policies} if before.policies.get(n) != after.policies.get(n)}
+        return pods, spaces, policies
+    by_kind: dict[str, set[Name]] = defaultdict(set)
+    for ref in changed:
+        by_kind[ref.kind].add((ref.namespace, ref.name))
+    return by_kind["Pod"], {name for _, name in by_kind["Namespace"]}, by_kind["NetworkPolicy"]

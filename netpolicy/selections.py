@@ -1,0 +1,137 @@
+"""Which pods each peer selects: one selection for all rules that say the same, kept as pods and namespaces change.
+
+    "pods labelled app: web in namespaces labelled team: a"  -->  {10.244.1.7, 10.244.2.9}     used by three policies
+
+A pod that changes is held against every selection that is in use, and costs that; what a rule holds is the selection's own set
+of addresses, which costs nothing to share and little to change.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+
+import msgspec
+
+from clusterstate.objects import IPAddress, LabelSelector, Namespace, Pod
+from clusterstate.snapshot import Name
+from netpolicy.selector import selects
+from netpolicy.table import NO_ADDRESSES, Addresses
+
+
+class Selection(msgspec.Struct, frozen=True):
+    """Pods in one ``namespace``, or in those that ``namespaces`` selects; ``pods`` None: all of them."""
+
+    namespace: str
+    namespaces: LabelSelector | None
+    pods: LabelSelector | None
+
+
+class _Held:
+    """What one selection holds."""
+
+    def __init__(self) -> None:
+        self.members: dict[Name, tuple[IPAddress, ...]] = {}
+        self.addresses: Addresses = NO_ADDRESSES
+
+    def put(self, name: Name, ips: tuple[IPAddress, ...]) -> bool:
+        """Let a pod be a member with these addresses, none: no member; return whether that changes anything."""
+        before = self.members.get(name, ())
+        if before == ips:
+            return False
+        for ip in before:
+            count = self.addresses[ip] - 1
+            self.addresses = self.addresses.set(ip, count) if count else self.addresses.delete(ip)
+        for ip in ips:
+            self.addresses = self.addresses.set(ip, self.addresses.get(ip, 0) + 1)
+        if ips:
+            self.members[name] = ips
+        else:
+            self.members.pop(name, None)
+        return True
+
+
+class Selections:
+    """Every selection in use, and every pod that can be selected."""
+
+    def __init__(self) -> None:
+        self.names: dict[Name, Pod] = {}
+        """The pods there are."""
+        self.moved = False
+        """Whether any pod changed since ``dirty_users`` was asked."""
+        self._namespaces: Mapping[str, Namespace] = {}
+        self._held: dict[Selection, _Held] = {}
+        self._users: dict[Selection, set[Name]] = defaultdict(set)
+        self._used: dict[Name, set[Selection]] = {}
+        self._dirty: set[Selection] = set()
+
+    def move(self, name: Name, pod: Pod | None, namespaces: Mapping[str, Namespace]) -> None:
+        """Take in a pod as it is now, None: it is gone; its namespace's labels may have changed as well."""
+        self.moved = True
+        self._namespaces = namespaces
+        if pod is None:
+            self.names.pop(name, None)
+        else:
+            self.names[name] = pod
+        for selection, held in self._held.items():
+            if held.put(name, self._ips(selection, pod)):
+                self._dirty.add(selection)
+
+    def use(self, user: Name, wanted: set[Selection]) -> None:
+        """Say which selections a policy uses from now on."""
+        for selection in self._used.get(user, set()) - wanted:
+            self._drop(user, selection)
+        for selection in wanted:
+            self._users[selection].add(user)
+            if selection not in self._held:
+                held = self._held[selection] = _Held()
+                for name, pod in self.names.items():
+                    held.put(name, self._ips(selection, pod))
+        self._used[user] = wanted
+
+    def forget(self, user: Name) -> None:
+        """Say that a policy uses none any more."""
+        for selection in self._used.pop(user, set()):
+            self._drop(user, selection)
+
+    def addresses(self, selections: Collection[Selection]) -> Addresses:
+        """Return the addresses of all pods that any of them selects."""
+        sets = [self._held[one].addresses for one in dict.fromkeys(selections)]
+        if len(sets) <= 1:
+            return sets[0] if sets else NO_ADDRESSES
+        largest = max(sets, key=len)
+        with largest.mutate() as union:
+            for one in sets:
+                if one is not largest:
+                    for ip, count in one.items():
+                        union[ip] = union.get(ip, 0) + count
+        return union.finish()
+
+    def members(self, selections: Iterable[Selection]) -> set[Name]:
+        """Return the names of all pods that any of them selects."""
+        return {name for one in selections for name in self._held[one].members}
+
+    def dirty_users(self) -> set[Name]:
+        """Return the policies that use a selection which changed since the last call."""
+        dirty, self._dirty, self.moved = self._dirty, set(), False
+        return {user for selection in dirty for user in self._users[selection]}
+
+    def _drop(self, user: Name, selection: Selection) -> None:
+        self._users[selection].discard(user)
+        if not self._users[selection]:
+            del self._users[selection], self._held[selection]
+
+    def _ips(self, selection: Selection, pod: Pod | None) -> tuple[IPAddress, ...]:
+        """Return a pod's addresses if it is selected, else none."""
+        if pod is None:
+            return ()
+        if selection.namespace and pod.namespace != selection.namespace:
+            return ()
+        if selection.namespaces is not None and not selects(selection.namespaces, self._labels(pod.namespace)):
+            return ()
+        return pod.ips if selection.pods is None or selects(selection.pods, pod.labels) else ()
+
+    def _labels(self, namespace: str) -> Mapping[str, str]:
+        """Return a namespace's labels; one that is not among the objects has its name alone, which the API server always sets."""
+        known = self._namespaces.get(namespace)
+        return known.labels if known is not None else {"kubernetes.io/metadata.name": namespace}

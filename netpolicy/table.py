@@ -1,0 +1,104 @@
+"""The policy table: which pods of this node are isolated in which direction, and what their policies let through.
+
+    PodPolicy default/db   ingress: isolated by (default/db-in)      egress: not isolated
+                              |
+    AllowRule default/db-in ingress 0:   peers 10.244.1.7, 10.244.2.9    ports TCP 5432
+
+A rule is there once, whatever number of pods its policy selects. Everything is looked up: addresses and numbers, no selector and
+no port name. A connection passes a pod in a direction if it is not isolated there or one rule of one of its policies lets it
+through (``oracle.py`` says it slowly). How it becomes rules and sets is for ``render/``.
+
+Source: Kubernetes networking/v1 types.go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, TypeAlias
+
+import msgspec
+from immutables import Map
+
+from clusterstate.objects import IPAddress, Protocol
+from clusterstate.snapshot import Name
+from netpolicy.blocks import Interval
+
+Direction: TypeAlias = Literal["ingress", "egress"]
+DIRECTIONS: tuple[Direction, ...] = ("ingress", "egress")
+Addresses: TypeAlias = Map[IPAddress, int]
+"""A set of pod addresses that costs little to change; the value counts the pods that claim it."""
+NO_ADDRESSES: Addresses = Map()
+
+
+class PortRange(NamedTuple):
+    """Ports of one protocol, both ends included; 0 to 65535 is all of it."""
+
+    protocol: Protocol
+    first: int
+    last: int
+
+
+class Door(NamedTuple):
+    """A port that a policy states by its name, looked up at one pod: where it leads there."""
+
+    address: IPAddress
+    protocol: Protocol
+    port: int
+
+
+class RuleKey(NamedTuple):
+    """Which rule: ``spec.ingress[2]`` of a policy."""
+
+    policy: Name
+    direction: Direction
+    number: int
+
+    def __str__(self) -> str:
+        """Print as ``default/db-in: ingress[2]``."""
+        return f"{self.policy[0]}/{self.policy[1]}: {self.direction}[{self.number}]"
+
+
+class AllowRule(msgspec.Struct, frozen=True):
+    """What one rule lets through. The peer is the source for ingress and the destination for egress.
+
+    ``doors`` are ports stated by name. For ingress they are those of the selected pods, open to the peers; for egress those of
+    the peers themselves.
+    """
+
+    key: RuleKey
+    everybody: bool
+    """No peers are stated: whoever it is, inside the cluster or not."""
+    pods: Addresses
+    """Peers that are pods."""
+    blocks: tuple[Interval, ...]
+    """Peers that are address blocks; sorted and disjoint."""
+    every_port: bool
+    """No ports are stated: whatever port and protocol."""
+    ports: tuple[PortRange, ...]
+    """Ports stated by number; sorted and disjoint."""
+    doors: frozenset[Door] = frozenset()
+
+
+class PodPolicy(msgspec.Struct, frozen=True):
+    """A pod of this node that is isolated in at least one direction: by which policies, sorted; None where it is not isolated."""
+
+    pod: Name
+    addresses: tuple[IPAddress, ...]
+    ingress: tuple[Name, ...] | None
+    egress: tuple[Name, ...] | None
+
+    def policies(self, direction: Direction) -> tuple[Name, ...] | None:
+        """Return the policies that isolate it in a direction; None: it is not isolated."""
+        return self.ingress if direction == "ingress" else self.egress
+
+
+class PolicyTable(msgspec.Struct, frozen=True):
+    """Isolated pods by name, and the rules of every policy that isolates one of them."""
+
+    pods: Mapping[Name, PodPolicy]
+    rules: Mapping[Name, tuple[AllowRule, ...]]
+    """By policy: ingress rules in order, then egress rules."""
+
+    def rules_of(self, policy: Name, direction: Direction) -> list[AllowRule]:
+        """Return a policy's rules of one direction."""
+        return [rule for rule in self.rules.get(policy, ()) if rule.key.direction == direction]

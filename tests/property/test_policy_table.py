@@ -1,0 +1,66 @@
+"""The policy table says of every connection what the objects say, and does so whichever way it was arrived at."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from immutables import Map
+from policy_worlds import NODES, allowed, clusters, flows
+
+from clusterstate.snapshot import Snapshot
+from netpolicy.compile import PolicyCompiler, compile_policies
+from netpolicy.oracle import Oracle
+
+EXAMPLES = 2000 if os.environ.get("EXPLORE") else 60
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(clusters())
+def test_table_says_what_the_objects_say(cluster):
+    """Judged by the table, every connection between pods and strangers is decided as the objects decide it."""
+    oracle = Oracle(compile_policies(cluster, None))
+    for flow in flows(cluster):
+        judgement = oracle.judge(flow)
+        assert (judgement.egress, judgement.ingress) == allowed(cluster, flow), (flow, judgement.because)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(st.lists(clusters(), min_size=1, max_size=4), st.sampled_from((None, *NODES)))
+def test_incremental_equals_full(stages, node):
+    """Moved from cluster to cluster, with what changed named or not, a table is that of the last cluster alone; changes are told."""
+    compiler = PolicyCompiler(node)
+    before = Snapshot()
+    for number, stage in enumerate(stages):
+        refs = {o.ref for o in {*before.objects()} ^ {*stage.objects()}}
+        pods, rules = dict(compiler.pods), dict(compiler.rules)
+        change = compiler.update(stage, frozenset(refs) if number % 2 else None)
+        full = compile_policies(stage, node)
+        assert compiler.table == full
+        assert change.pods == {n: pods.get(n) for n in {*pods, *full.pods} if pods.get(n) != full.pods.get(n)}
+        assert change.rules == {n: rules.get(n) for n in {*rules, *full.rules} if rules.get(n) != full.rules.get(n)}
+        before = stage
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(clusters())
+def test_a_node_knows_its_own_pods(cluster):
+    """A node's table is the cluster's, without the pods of other nodes and the policies of theirs."""
+    whole = compile_policies(cluster, None)
+    for node in NODES:
+        part = compile_policies(cluster, node)
+        own = {name: pod for name, pod in whole.pods.items() if cluster.pods[name].node == node}
+        assert part.pods == own
+        for name, held in part.rules.items():
+            # Doors of ingress rules are those of the selected pods here.
+            assert [msgspec.structs.replace(r, doors=frozenset()) for r in held] == [
+                msgspec.structs.replace(r, doors=frozenset()) for r in whole.rules[name]
+            ]
+        assert set(part.rules) == {policy for policy in whole.rules if _targets(cluster, policy, node)}
+
+
+def _targets(cluster, policy, node) -> bool:
+    only = msgspec.structs.replace(cluster, policies=Map({policy: cluster.policies[policy]}))
+    return any(cluster.pods[name].node == node for name in compile_policies(only, None).pods)

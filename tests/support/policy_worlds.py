@@ -1,0 +1,221 @@
+"""Small clusters with pods, namespaces and NetworkPolicies, made so that things meet; and what Kubernetes says of connections.
+
+The latter is evaluated straight from the objects: no table, no index, one policy after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from ipaddress import ip_address, ip_network
+
+from hypothesis import strategies as st
+from immutables import Map
+
+from clusterstate.objects import (
+    ContainerPort,
+    IPBlock,
+    LabelSelector,
+    Namespace,
+    NetworkPolicy,
+    Pod,
+    PolicyPeer,
+    PolicyPort,
+    PolicyRule,
+    Requirement,
+)
+from clusterstate.snapshot import Snapshot
+from netpolicy.oracle import Flow
+
+NODES = ("n1", "n2")
+NAMESPACES = ("a", "b")
+KEYS, VALUES = ("app", "tier"), ("", "x", "y")
+NUMBERS = (80, 81, 443)
+NAMES = ("web", "db")
+OUTSIDE = ("192.0.2.7", "10.9.0.1", "2001:db8::7")
+BLOCKS = ("10.244.0.0/16", "10.244.1.0/24", "10.244.1.0/30", "10.244.1.2/32", "0.0.0.0/0", "192.0.2.0/24", "fd00::/16", "::/0")
+
+
+@st.composite
+def selectors(draw) -> LabelSelector:
+    requirements = []
+    for _ in range(draw(st.integers(0, 2))):
+        operator = draw(st.sampled_from(["In", "NotIn", "Exists", "DoesNotExist"]))
+        values = tuple(draw(st.lists(st.sampled_from(VALUES), min_size=1, max_size=2))) if operator.endswith("In") else ()
+        requirements.append(Requirement(draw(st.sampled_from(KEYS)), operator, values))
+    return LabelSelector(tuple(requirements))
+
+
+labels = st.dictionaries(st.sampled_from(KEYS), st.sampled_from(VALUES)).map(Map)
+
+
+@st.composite
+def blocks(draw) -> IPBlock:
+    whole = ip_network(draw(st.sampled_from(BLOCKS)))
+    smaller = [n for n in map(ip_network, BLOCKS) if n.version == whole.version and n != whole and n.subnet_of(whole)]
+    return IPBlock(whole, tuple(draw(st.lists(st.sampled_from(smaller), max_size=2)) if smaller else ()))
+
+
+@st.composite
+def peers(draw) -> PolicyPeer:
+    match draw(st.integers(0, 3)):
+        case 0:
+            return PolicyPeer(draw(selectors()))
+        case 1:
+            return PolicyPeer(None, draw(selectors()))
+        case 2:
+            return PolicyPeer(draw(selectors()), draw(selectors()))
+        case _:
+            return PolicyPeer(ip_block=draw(blocks()))
+
+
+@st.composite
+def ports(draw) -> PolicyPort:
+    protocol = draw(st.sampled_from(["TCP", "TCP", "UDP", "SCTP"]))
+    match draw(st.integers(0, 3)):
+        case 0:
+            return PolicyPort(protocol)
+        case 1:
+            return PolicyPort(protocol, draw(st.sampled_from(NAMES)))
+        case 2:
+            return PolicyPort(protocol, 80, draw(st.sampled_from([80, 81, 90])))
+        case _:
+            return PolicyPort(protocol, draw(st.sampled_from(NUMBERS)))
+
+
+rules = st.builds(PolicyRule, st.lists(peers(), max_size=2).map(tuple), st.lists(ports(), max_size=2).map(tuple))
+
+
+@st.composite
+def policies(draw, name: str) -> NetworkPolicy:
+    ingress, egress = draw(st.sampled_from([(True, False), (False, True), (True, True)]))
+    found = st.lists(rules, max_size=2).map(tuple)
+    return NetworkPolicy(draw(st.sampled_from(NAMESPACES)), name, draw(selectors()), ingress, egress, draw(found), draw(found))
+
+
+@st.composite
+def pods(draw, name: str) -> Pod:
+    number = draw(st.integers(1, 5))
+    families = draw(st.sampled_from([(4,), (4,), (6,), (4, 6)]))
+    ips = tuple(ip_address(f"10.244.1.{number}" if family == 4 else f"fd00::{number}") for family in families)
+    return Pod(
+        draw(st.sampled_from(NAMESPACES)),
+        name,
+        node=draw(st.sampled_from(NODES)),
+        ips=draw(st.sampled_from([ips, ips, ips, ()])),
+        host_network=draw(st.sampled_from([False] * 6 + [True])),
+        phase=draw(st.sampled_from(["Running"] * 5 + ["Succeeded", "Pending"])),
+        labels=draw(labels),
+        ports=tuple(
+            ContainerPort(draw(st.sampled_from((*NAMES, ""))), draw(st.sampled_from(["TCP", "UDP"])), n)
+            for n in draw(st.lists(st.sampled_from(NUMBERS), max_size=2))
+        ),
+    )
+
+
+@st.composite
+def clusters(draw) -> Snapshot:
+    """Draw up to five pods, some of them finished, without address, or claiming one address, and up to three policies."""
+    made_pods = [draw(pods(f"p{i}")) for i in range(draw(st.integers(1, 5)))]
+    made_policies = [draw(policies(f"q{i}")) for i in range(draw(st.integers(0, 3)))]
+    spaces = [Namespace(name, draw(labels).set("kubernetes.io/metadata.name", name)) for name in NAMESPACES]
+    return Snapshot(
+        pods=Map({(p.namespace, p.name): p for p in made_pods}),
+        policies=Map({(p.namespace, p.name): p for p in made_policies}),
+        namespaces=Map({s.name: s for s in draw(st.sampled_from([spaces, spaces, spaces[:1]]))}),
+    )
+
+
+def flows(snapshot: Snapshot) -> list[Flow]:
+    """Return every connection worth asking about: between all addresses, on all ports."""
+    inside = sorted({ip for pod in snapshot.pods.values() for ip in pod.ips}, key=lambda ip: (ip.version, ip))
+    everyone = [*inside, *map(ip_address, OUTSIDE)]
+    return [
+        Flow(source, destination, protocol, port, from_node)
+        for source in everyone
+        for destination in everyone
+        if source.version == destination.version
+        for protocol in ("TCP", "UDP", "SCTP")
+        for port in (80, 90, 443)
+        for from_node in ((False, True) if source == ip_address(OUTSIDE[1]) else (False,))
+    ]
+
+
+# -- what Kubernetes says, from the objects ----------------------------------------------------------------------------
+
+
+def allowed(snapshot: Snapshot, flow: Flow) -> tuple[str, str]:
+    """Return what is decided for egress and for ingress: allow, deny or none."""
+    return _direction(snapshot, flow, "egress"), _direction(snapshot, flow, "ingress")
+
+
+def _direction(snapshot: Snapshot, flow: Flow, direction: str) -> str:
+    own = flow.source if direction == "egress" else flow.destination
+    verdicts = [_pod(snapshot, flow, direction, pod) for pod in _living(snapshot) if own in pod.ips]
+    return next((word for word in ("deny", "allow") if word in verdicts), "none")
+
+
+def _pod(snapshot: Snapshot, flow: Flow, direction: str, pod: Pod) -> str:
+    isolating = [
+        policy
+        for policy in snapshot.policies.values()
+        if policy.namespace == pod.namespace
+        and (policy.isolates_egress if direction == "egress" else policy.isolates_ingress)
+        and _fits(policy.pod_selector, pod.labels)
+    ]
+    if not isolating:
+        return "none"
+    if flow.source == flow.destination or (direction == "ingress" and flow.from_node):
+        return "allow"
+    for policy in isolating:
+        for rule in policy.egress if direction == "egress" else policy.ingress:
+            peer = flow.destination if direction == "egress" else flow.source
+            there = [pod] if direction == "ingress" else [p for p in _living(snapshot) if flow.destination in p.ips]
+            # A name is looked up at a destination that is the peer itself: of two pods with one address, at the one that fits.
+            if direction == "egress" and rule.peers:
+                there = [p for p in there if any(_is_peer(snapshot, policy, one, flow.destination, [p]) for one in rule.peers)]
+            if (not rule.peers or any(_is_peer(snapshot, policy, one, peer) for one in rule.peers)) and (
+                not rule.ports or any(_is_port(port, flow, there) for port in rule.ports)
+            ):
+                return "allow"
+    return "deny"
+
+
+def _is_peer(snapshot, policy, peer, address, among: Iterable[Pod] | None = None) -> bool:
+    if peer.ip_block is not None:
+        block = peer.ip_block
+        return address in block.cidr and not any(address in part for part in block.excepts)
+    for pod in _living(snapshot) if among is None else among:
+        if address not in pod.ips:
+            continue
+        if peer.namespace_selector is None:
+            in_namespace = pod.namespace == policy.namespace
+        else:
+            known = snapshot.namespaces.get(pod.namespace)
+            in_namespace = _fits(
+                peer.namespace_selector, known.labels if known else {"kubernetes.io/metadata.name": pod.namespace}
+            )
+        if in_namespace and (peer.pod_selector is None or _fits(peer.pod_selector, pod.labels)):
+            return True
+    return False
+
+
+def _is_port(port: PolicyPort, flow: Flow, there: Iterable[Pod]) -> bool:
+    if port.protocol != flow.protocol:
+        return False
+    if isinstance(port.port, str):
+        return any((c.name, c.protocol, c.port) == (port.port, flow.protocol, flow.port) for pod in there for c in pod.ports)
+    return port.port is None or port.port <= flow.port <= (port.end_port or port.port)
+
+
+def _fits(selector: LabelSelector, found) -> bool:
+    answers = {
+        "In": lambda r: r.key in found and found[r.key] in r.values,
+        "NotIn": lambda r: not (r.key in found and found[r.key] in r.values),
+        "Exists": lambda r: r.key in found,
+        "DoesNotExist": lambda r: r.key not in found,
+    }
+    return all(answers[r.operator](r) for r in selector.requirements)
+
+
+def _living(snapshot: Snapshot) -> list[Pod]:
+    return [p for p in snapshot.pods.values() if not p.host_network and p.phase not in ("Succeeded", "Failed") and p.ips]
