@@ -25,7 +25,7 @@ from clusterstate import fields, wire
 from clusterstate.faults import Fault, shown, type_fault
 from clusterstate.objects import KubernetesObject, ObjectRef
 from clusterstate.parse_node import parse_namespace, parse_node, parse_pod, parse_service_cidr
-from clusterstate.parse_policy import parse_policy
+from clusterstate.parse_policy import closed_policy, parse_policy
 from clusterstate.parse_service import parse_service
 from clusterstate.parse_slice import parse_endpoints, parse_slice
 from clusterstate.snapshot import ObjectError
@@ -217,7 +217,16 @@ class _Reader:
             try:
                 self._build(kind, msgspec.convert(value, KINDS[kind].wire_type), where)
             except (msgspec.ValidationError, RecursionError) as error:
-                self.refuse(_ref(kind, value), type_fault(str(error), value))
+                self._refuse_type(kind, value, type_fault(str(error), value))
+
+    def _refuse_type(self, kind: str, value: Mapping[str, Any], fault: Fault) -> None:
+        """Refuse an object with a field of a wrong type; of a NetworkPolicy there remains what isolates its pods."""
+        ref = _ref(kind, value)
+        if kind != "NetworkPolicy" or ref is None or ref in self._made:
+            self.refuse(ref, fault)
+            return
+        self._made[ref] = closed_policy(value, fields.Subject(ref.namespace, ref.name, []))
+        self.refuse(ref, Fault(fault.path, f"{fault.reason}; its pods are isolated"), kept=True)
 
     def _read_list(self, items: Any, member: str, where: str, depth: int) -> None:
         path = f"{where}.items".removeprefix(".")

@@ -6,13 +6,19 @@ A missing, null or empty list mean the same everywhere; only an empty *object* s
     ports[].protocol missing TCP
     podSelector missing      {}
 
+What is wrong in a policy closes, and never opens: a rule with a fault lets nothing through, policyTypes with one are both, a
+podSelector with one selects every pod of the namespace, and a policy of which nothing can be made isolates its pods.
+
 What a selector selects and what a rule allows is for ``netpolicy``.
 Source: Kubernetes pkg/apis/networking/v1/defaults.go and validation/validation.go.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
 
 from clusterstate import fields, wire
 from clusterstate.faults import Fault, shown
@@ -31,25 +37,82 @@ from clusterstate.objects import (
 Operator = Literal["In", "NotIn", "Exists", "DoesNotExist"]
 _OPERATORS: dict[str, Operator] = {"In": "In", "NotIn": "NotIn", "Exists": "Exists", "DoesNotExist": "DoesNotExist"}
 _EVERYTHING = LabelSelector()
+NOBODY = PolicyPeer(LabelSelector((Requirement("nodeplane.dev/nobody", "In", ()),)))
+"""A peer that nobody is: no label has one of no values."""
+
+
+MOST_RULES = 5000
+"""In one direction of one policy."""
 
 
 def parse_policy(w: wire.NetworkPolicy, at: Subject) -> tuple[NetworkPolicy, ...]:
-    """Return the NetworkPolicy."""
+    """Return the NetworkPolicy, closed where it has a fault."""
     spec = w.spec or wire.PolicySpec()
-    types = spec.policy_types or (["Ingress", "Egress"] if spec.egress else ["Ingress"])
-    for i, kind in enumerate(types):
-        fields.one_of(f"spec.policyTypes[{i}]", kind, ("Ingress", "Egress"))
+    ingress, egress = _isolates(spec.policy_types, bool(spec.egress), at.skipped)
     return (
         NetworkPolicy(
             namespace=at.namespace,
             name=at.name,
-            pod_selector=_selector("spec.podSelector", spec.pod_selector) or _EVERYTHING,
-            isolates_ingress="Ingress" in types,
-            isolates_egress="Egress" in types,
-            ingress=tuple([_rule(f"spec.ingress[{i}]", "from", rule) for i, rule in enumerate(spec.ingress or ())]),
-            egress=tuple([_rule(f"spec.egress[{i}]", "to", rule) for i, rule in enumerate(spec.egress or ())]),
+            pod_selector=_subject(spec.pod_selector, at.skipped),
+            isolates_ingress=ingress,
+            isolates_egress=egress,
+            ingress=_rules("spec.ingress", "from", spec.ingress or (), at.skipped),
+            egress=_rules("spec.egress", "to", spec.egress or (), at.skipped),
         ),
     )
+
+
+def closed_policy(raw: Any, at: Subject) -> tuple[NetworkPolicy, ...]:
+    """Return what stands in for a policy whose fields have wrong types: its pods, as far as it says which, let nothing through."""
+    spec = raw.get("spec") if isinstance(raw, Mapping) else None
+    stated = spec.get("podSelector") if isinstance(spec, Mapping) else None
+    try:
+        selector = _selector("", msgspec.convert(stated, wire.Selector | None)) or _EVERYTHING
+    except (msgspec.ValidationError, Fault):
+        selector = _EVERYTHING
+    types = spec.get("policyTypes") if isinstance(spec, Mapping) else None
+    only = types[0] if isinstance(types, list) and len(types) == 1 else None
+    return (NetworkPolicy(at.namespace, at.name, selector, only != "Egress", only != "Ingress"),)
+
+
+def _isolates(stated: list[str] | None, has_egress: bool, faults: list[Fault]) -> tuple[bool, bool]:
+    """Return whether ingress and egress are isolated."""
+    types = stated or (["Ingress", "Egress"] if has_egress else ["Ingress"])
+    for i, kind in enumerate(types):
+        try:
+            fields.one_of(f"spec.policyTypes[{i}]", kind, ("Ingress", "Egress"))
+        except Fault as fault:
+            faults.append(Fault(fault.path, f"{fault.reason}; its pods are isolated in both"))
+            return True, True
+    return "Ingress" in types, "Egress" in types
+
+
+def _subject(stated: wire.Selector | None, faults: list[Fault]) -> LabelSelector:
+    try:
+        return _selector("spec.podSelector", stated) or _EVERYTHING
+    except Fault as fault:
+        faults.append(Fault(fault.path, f"{fault.reason}; every pod of the namespace is isolated"))
+        return _EVERYTHING
+
+
+def _rules(
+    path: str, side: str, stated: Sequence[wire.IngressRule | wire.EgressRule], faults: list[Fault]
+) -> tuple[PolicyRule, ...]:
+    """Return the rules that can be used."""
+    if len(stated) > MOST_RULES:
+        faults.append(
+            Fault(path, f"must hold at most {MOST_RULES} rules, holds {len(stated)}; none of them lets anything through")
+        )
+        return ()
+    found = []
+    for i, rule in enumerate(stated):
+        try:
+            found.append(_rule(f"{path}[{i}]", side, rule))
+        except Fault as fault:
+            faults.append(Fault(fault.path, f"{fault.reason}; the rule lets nothing through"))
+            # It keeps its place, so that those behind it keep their numbers.
+            found.append(PolicyRule((NOBODY,)))
+    return tuple(found)
 
 
 def _rule(path: str, side: str, w: wire.IngressRule | wire.EgressRule) -> PolicyRule:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from clusterstate.objects import ObjectRef
+from clusterstate.objects import LabelSelector, ObjectRef, PolicyRule
 from clusterstate.parse import parse_document, parse_object
+from clusterstate.parse_policy import NOBODY
 
 
 def service(**spec: Any) -> dict[str, Any]:
@@ -158,6 +159,9 @@ OTHERS = [
         {"kind": "ServiceCIDR", "metadata": {"name": "c"}, "spec": {"cidrs": ["10.96.0.0"]}},
         f'spec.cidrs[0]: {CIDR} "10.96.0.0"',
     ),
+]
+
+POLICIES = [
     (policy(policyTypes=["ingress"]), 'spec.policyTypes[0]: must be Ingress or Egress, is "ingress"'),
     (ingress({}), "spec.ingress[0].from[0]: must state a podSelector, a namespaceSelector or an ipBlock"),
     (ingress({"ipBlock": {"cidr": "10.0.0.1"}}), f'{BLOCK}.cidr: {CIDR} "10.0.0.1"'),
@@ -218,6 +222,35 @@ def test_a_bad_field_is_refused_by_name_and_value(raw, message):
         assert parsed.objects == ()
         assert [str(error) for error in parsed.errors] == [f"x.yaml: {where}: {message}"]
         assert not parsed.errors[0].kept
+
+
+@pytest.mark.parametrize(("raw", "message"), POLICIES)
+def test_a_policy_with_a_bad_field_is_closed(raw, message):
+    """A NetworkPolicy with a field that cannot stand isolates its pods and lets nothing through there; the error says so."""
+    for parsed in (parse_object(raw, "x.yaml"), parse_document(json.dumps(raw).encode(), "x.yaml", is_json=True)):
+        (made,) = parsed.objects
+        assert all(rule == PolicyRule((NOBODY,)) for rule in (*made.ingress, *made.egress))
+        assert made.isolates_ingress
+        (error,) = parsed.errors
+        assert str(error).startswith(f"x.yaml: NetworkPolicy default/np: {message}; ")
+        assert error.kept
+
+
+def test_a_bad_rule_leaves_the_others():
+    """Beside a rule with a fault the others stand, each in its place; a podSelector with one selects every pod."""
+    good = {"from": [{"podSelector": {}}]}
+    (made,) = parse_object(policy(ingress=[good, {"from": [{}]}, good]), "x.yaml").objects
+    assert [rule.peers == (NOBODY,) for rule in made.ingress] == [False, True, False]
+    bad = {"matchExpressions": [{"key": "a", "operator": "Is"}]}
+    (made,) = parse_object(policy(podSelector=bad), "x.yaml").objects
+    assert made.pod_selector == LabelSelector()
+
+
+def test_too_many_rules_let_nothing_through():
+    """A policy with more rules than anybody can mean is closed, and the error says how many there are."""
+    parsed = parse_object(policy(ingress=[{}] * 10_000), "x.yaml")
+    assert parsed.objects[0].ingress == ()
+    assert "spec.ingress: must hold at most 5000 rules, holds 10000" in str(parsed.errors[0])
 
 
 METADATA = [
