@@ -20,7 +20,7 @@ import msgspec
 
 from kernelstate.diff_nftables import Item, TablePlan
 from kernelstate.errors import KernelRefusedError
-from kernelstate.objects.nftables import Chain, ElementKey, Goto, Table
+from kernelstate.objects.nftables import Chain, ElementKey, Goto, JumpTo, Table
 from kernelstate.text.nft import WORD, key_texts
 
 ATTEMPTS = 256
@@ -95,7 +95,7 @@ class _Parts:
         for name, elements in self._plan.add.items():
             for key, data in elements.items():
                 item = Item("element", name, key)
-                if Item("set", name) in self.refused or (isinstance(data, Goto) and self._is_missing(data.chain)):
+                if Item("set", name) in self.refused or (isinstance(data, Goto | JumpTo) and self._is_missing(data.chain)):
                     self.refused[item] = None
                 else:
                     found.append(item)

@@ -16,7 +16,20 @@ from ipaddress import ip_address
 
 from kernelstate.errors import KernelRefusedError
 from kernelstate.objects.address import Family
-from kernelstate.objects.nftables import Chain, Data, ElementKey, Field, Goto, Hook, Interval, NamedSet, Rule, Table, TableKey
+from kernelstate.objects.nftables import (
+    Chain,
+    Data,
+    ElementKey,
+    Field,
+    Goto,
+    Hook,
+    Interval,
+    JumpTo,
+    NamedSet,
+    Rule,
+    Table,
+    TableKey,
+)
 from kernelstate.text import nft
 
 ABSENT = "No such file or directory"
@@ -246,7 +259,11 @@ def _key(named: NamedSet, text: str) -> ElementKey:
             number = int(ip_address(first))
             values.append(Interval(number, int(ip_address(last))) if last else number)
         else:
-            values.append(int(word) if word.isdigit() else word)
+            first, _, last = word.partition("-")
+            if last.isdigit():
+                values.append(Interval(int(first), int(last)))
+            else:
+                values.append(int(word) if word.isdigit() else word)
     return tuple(values)
 
 
@@ -258,4 +275,6 @@ def _data(named: NamedSet, text: str) -> Data:
         return int(ip_address(address)), int(port)
     if text.startswith("goto "):
         return Goto(text.removeprefix("goto "))
+    if text.startswith("jump "):
+        return JumpTo(text.removeprefix("jump "))
     return "drop" if text == "drop" else "accept"

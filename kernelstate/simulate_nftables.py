@@ -47,11 +47,14 @@ from kernelstate.objects.nftables import (
     InterfaceIs,
     Interval,
     JumpChain,
+    JumpTo,
     Key,
     KeyPart,
     MarkIs,
     MasqueradeFully,
     Match,
+    NeighbourDiscovery,
+    OpensNoConnection,
     OrMark,
     ProtocolIs,
     Random,
@@ -174,7 +177,7 @@ class NftablesSimulator(Simulator):
                     yield from self._verdict(what, data, packet, branch)
             case DnatByMap(key, name):
                 for data, branch in self._look_up(key, name, packet, state):
-                    if isinstance(data, tuple) and not isinstance(data, Goto):
+                    if isinstance(data, tuple) and not isinstance(data, Goto | JumpTo):
                         yield "accept", _translated(what, branch, *data)
                     else:
                         yield "next", branch
@@ -199,6 +202,9 @@ class NftablesSimulator(Simulator):
         match data:
             case Goto(chain):
                 yield from self._chain(chain, packet, _told(what, state, f"goes to {chain}"), 0)
+            case JumpTo(chain):
+                for end, after in self._chain(chain, packet, _told(what, state, f"goes to {chain}"), 0):
+                    yield "next" if end == "return" else end, after
             case "drop":
                 yield "drop", _told(what, state, "dropped")
             case "accept":
@@ -224,12 +230,14 @@ class NftablesSimulator(Simulator):
         (key,) = _keys(match.key, packet, state)
         if named is None or not named.intervals:
             return key in table.elements.get(match.set, {})
-        address = key[-1]
-        assert isinstance(address, int)
-        return any(i.first <= address <= i.last for i in self._ranges(state.family, match.set).get(key[:-1], ()))
+        if any(isinstance(part, Interval) for one in table.elements.get(match.set, {}) for part in one[:-1]):
+            return any(_fits(one, key) for one in table.elements[match.set])
+        last = key[-1]
+        assert isinstance(last, int)
+        return any(i.first <= last <= i.last for i in self._ranges(state.family, match.set).get(key[:-1], ()))
 
     def _ranges(self, family: Family, name: str) -> dict[ElementKey, list[Interval]]:
-        """Return an interval set, whose last part is a range of addresses, by the parts before it."""
+        """Return an interval set, of which only the last part is a range, by the parts before it."""
         found = self._intervals.get((family, name))
         if found is None:
             found = self._intervals[family, name] = defaultdict(list)
@@ -258,10 +266,22 @@ class NftablesSimulator(Simulator):
                 return state.protocol in protocols
             case MarkIs(mask, negated):
                 return bool(state.mark & mask) != negated
+            case OpensNoConnection():
+                return state.protocol == "tcp" and packet.state != "NEW"
+            case NeighbourDiscovery():
+                return False  # packets here are of protocols that have ports
             case Chance():  # a chance, not a condition
                 return False
             case _:
                 assert_never(match)
+
+
+def _fits(element: ElementKey, key: ElementKey) -> bool:
+    """Whether each part of an element is, or holds, what is looked up."""
+    return all(
+        part.first <= value <= part.last if isinstance(part, Interval) else part == value  # type: ignore[operator]
+        for part, value in zip(element, key, strict=True)
+    )
 
 
 class _Nothing:

@@ -14,7 +14,7 @@ Source: Kubernetes networking/v1 types.go, KEP-2079 (port ranges).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import msgspec
@@ -22,9 +22,10 @@ import msgspec
 from clusterstate.objects import NetworkPolicy, ObjectRef, Pod, PolicyPort, PolicyRule
 from clusterstate.snapshot import Name, Snapshot
 from netpolicy.blocks import intervals
-from netpolicy.selections import Selection, Selections
+from netpolicy.selections import PeerChange, Selection, Selections
 from netpolicy.selector import selects
-from netpolicy.table import DIRECTIONS, AllowRule, Direction, Door, PodPolicy, PolicyTable, PortRange, RuleKey
+from netpolicy.table import DIRECTIONS, AllowRule, Direction, Door, PodPolicy, PolicyTable, PortRange, RuleKey, join_ports
+from netpolicy.wording import rule_words
 
 LAST_PORT = 65535
 
@@ -34,6 +35,8 @@ class PolicyChange(msgspec.Struct, frozen=True):
 
     pods: dict[Name, PodPolicy | None]
     rules: dict[Name, tuple[AllowRule, ...] | None]
+    peers: dict[RuleKey, PeerChange]
+    """Rules of other policies than these that differ in nothing but the pods among their peers, and by which."""
 
 
 def compile_policies(snapshot: Snapshot, node: str | None) -> PolicyTable:
@@ -76,13 +79,33 @@ class PolicyCompiler:
         stale |= {name for name, found in self._targets.items() if found and name not in self.rules}
         stale |= {name for name in self.rules if not self._targets.get(name)}
         stale |= self._with_doors(touched)
-        stale |= self._selections.dirty_users()
-        change = PolicyChange({}, {})
+        change = PolicyChange({}, {}, {})
+        moved = self._selections.take_changes()
+        for name in sorted(self._selections.users(moved) - stale):
+            self._move_peers(name, moved, change.peers)
         for name in sorted(stale):
             _settle(self.rules, name, self._rules(name), change.rules)
         for name in sorted(touched):
             _settle(self.pods, name, self._pod(name), change.pods)
         return change
+
+    def _move_peers(self, name: Name, moved: Mapping[Selection, PeerChange], noted: dict[RuleKey, PeerChange]) -> None:
+        """Bring a policy's rules up to selections that changed; costs the change, not what they hold."""
+        policy = self._snapshot.policies[name]
+        stated = {"ingress": policy.ingress, "egress": policy.egress}
+        after = []
+        for rule in self.rules[name]:
+            selections = _selections(policy, stated[rule.key.direction][rule.key.number])
+            changes = [moved[one] for one in selections if one in moved]
+            if changes:
+                pods = self._selections.addresses(selections)
+                come = frozenset(ip for one in changes for ip in one.come if ip not in rule.pods)
+                gone = frozenset(ip for one in changes for ip in one.gone if ip not in pods)
+                if come or gone:
+                    noted[rule.key] = PeerChange(come, gone)
+                rule = msgspec.structs.replace(rule, pods=pods)  # noqa: PLW2901
+            after.append(rule)
+        self.rules[name] = tuple(after)
 
     # -- which policies are for which pods -----------------------------------------------------------------------------
 
@@ -166,8 +189,9 @@ class PolicyCompiler:
             pods=self._selections.addresses(_selections(policy, rule)),
             blocks=blocks,
             every_port=not rule.ports,
-            ports=_ports(rule.ports),
+            ports=join_ports(_range(port) for port in rule.ports if not isinstance(port.port, str)),
             doors=frozenset(self._doors(key, rule, policy)),
+            says=rule_words(rule, inward=direction == "ingress"),
         )
 
     def _doors(self, key: RuleKey, rule: PolicyRule, policy: NetworkPolicy) -> Iterator[Door]:
@@ -239,18 +263,6 @@ def _selections(policy: NetworkPolicy, rule: PolicyRule) -> tuple[Selection, ...
 
 def _has_names(rule: PolicyRule) -> bool:
     return any(isinstance(port.port, str) for port in rule.ports)
-
-
-def _ports(ports: Iterable[PolicyPort]) -> tuple[PortRange, ...]:
-    """Return the ports stated by number, sorted and disjoint."""
-    found: list[PortRange] = []
-    for part in sorted(_range(port) for port in ports if not isinstance(port.port, str)):
-        before = found[-1] if found else None
-        if before is not None and before.protocol == part.protocol and part.first <= before.last + 1:
-            found[-1] = PortRange(part.protocol, before.first, max(before.last, part.last))
-        else:
-            found.append(part)
-    return tuple(found)
 
 
 def _range(port: PolicyPort) -> PortRange:

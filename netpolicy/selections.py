@@ -27,18 +27,29 @@ class Selection(msgspec.Struct, frozen=True):
     pods: LabelSelector | None
 
 
+class PeerChange(msgspec.Struct, frozen=True):
+    """Which addresses came to a set of peers, and which left it."""
+
+    come: frozenset[IPAddress]
+    gone: frozenset[IPAddress]
+
+
 class _Held:
     """What one selection holds."""
 
     def __init__(self) -> None:
         self.members: dict[Name, tuple[IPAddress, ...]] = {}
         self.addresses: Addresses = NO_ADDRESSES
+        self.before: dict[IPAddress, bool] = {}
+        """Of addresses that moved since the changes were taken: whether they were held then."""
 
     def put(self, name: Name, ips: tuple[IPAddress, ...]) -> bool:
         """Let a pod be a member with these addresses, none: no member; return whether that changes anything."""
         before = self.members.get(name, ())
         if before == ips:
             return False
+        for ip in {*before, *ips}:
+            self.before.setdefault(ip, ip in self.addresses)
         for ip in before:
             count = self.addresses[ip] - 1
             self.addresses = self.addresses.set(ip, count) if count else self.addresses.delete(ip)
@@ -87,6 +98,7 @@ class Selections:
                 held = self._held[selection] = _Held()
                 for name, pod in self.names.items():
                     held.put(name, self._ips(selection, pod))
+                held.before.clear()
         self._used[user] = wanted
 
     def forget(self, user: Name) -> None:
@@ -111,10 +123,23 @@ class Selections:
         """Return the names of all pods that any of them selects."""
         return {name for one in selections for name in self._held[one].members}
 
-    def dirty_users(self) -> set[Name]:
-        """Return the policies that use a selection which changed since the last call."""
-        dirty, self._dirty, self.moved = self._dirty, set(), False
-        return {user for selection in dirty for user in self._users[selection]}
+    def take_changes(self) -> dict[Selection, PeerChange]:
+        """Return the selections whose addresses changed since the last call, and how."""
+        found = {}
+        for selection in self._dirty:
+            held = self._held.get(selection)
+            if held is None:
+                continue
+            come = frozenset(ip for ip, was in held.before.items() if not was and ip in held.addresses)
+            gone = frozenset(ip for ip, was in held.before.items() if was and ip not in held.addresses)
+            held.before.clear()
+            found[selection] = PeerChange(come, gone)  # of neither if only the number of pods with one address changed
+        self._dirty, self.moved = set(), False
+        return found
+
+    def users(self, selections: Iterable[Selection]) -> set[Name]:
+        """Return the policies that use any of these."""
+        return {user for selection in selections for user in self._users[selection]}
 
     def _drop(self, user: Name, selection: Selection) -> None:
         self._users[selection].discard(user)

@@ -13,7 +13,7 @@ Source: Kubernetes networking/v1 types.go.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -36,6 +36,18 @@ class PortRange(NamedTuple):
     protocol: Protocol
     first: int
     last: int
+
+
+def join_ports(ports: Iterable[PortRange]) -> tuple[PortRange, ...]:
+    """Return the union of port ranges, sorted, with no two that overlap or touch."""
+    found: list[PortRange] = []
+    for part in sorted(ports):
+        before = found[-1] if found else None
+        if before is not None and before.protocol == part.protocol and part.first <= before.last + 1:
+            found[-1] = PortRange(part.protocol, before.first, max(before.last, part.last))
+        else:
+            found.append(part)
+    return tuple(found)
 
 
 class Door(NamedTuple):
@@ -77,6 +89,8 @@ class AllowRule(msgspec.Struct, frozen=True):
     ports: tuple[PortRange, ...]
     """Ports stated by number; sorted and disjoint."""
     doors: frozenset[Door] = frozenset()
+    says: str = ""
+    """The rule in words; two rules of one policy that say the same are the same, whoever their peers are at the moment."""
 
 
 class PodPolicy(msgspec.Struct, frozen=True):

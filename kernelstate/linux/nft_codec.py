@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 
 from kernelstate.linux.nfnetlink import NLA_F_NESTED, attribute, attributes, nested
 from kernelstate.objects.address import Family
-from kernelstate.objects.nftables import Data, ElementKey, Field, Goto, Interval, KeyPart, NamedSet
+from kernelstate.objects.nftables import Data, ElementKey, Field, Goto, Interval, JumpTo, KeyPart, NamedSet
 
 SUBSYSTEM = 10 << 8  # NFNL_SUBSYS_NFTABLES
 GETTABLE, GETCHAIN, NEWRULE, GETRULE, DELRULE = (SUBSYSTEM | n for n in (1, 4, 6, 7, 8))
@@ -31,7 +31,7 @@ ELEM_LIST_SET, ELEM_LIST_ELEMENTS, LIST_ELEM = 2, 3, 1
 ELEM_KEY, ELEM_DATA, ELEM_FLAGS, ELEM_KEY_END = 1, 2, 3, 10
 DATA_VALUE, DATA_VERDICT, VERDICT_CODE, VERDICT_CHAIN = 1, 2, 1, 2
 INTERVAL_END = 1
-GOTO, ACCEPT, DROP = -4, 1, 0
+GOTO, JUMP, ACCEPT, DROP = -4, -3, 1, 0
 
 MESSAGE_ROOM = 60_000
 """Bytes of elements in one message: the length of an attribute has 16 bits."""
@@ -93,7 +93,7 @@ class ElementCodec:
         if ELEM_KEY_END in found:
             last = self._parts(data, found[ELEM_KEY_END][0] + 4)
             return tuple(_interval(a, b) for a, b in zip(first, last, strict=True)), leads_to
-        if set(found) == {ELEM_KEY, ELEM_DATA} and isinstance(leads_to, Goto | str):
+        if set(found) == {ELEM_KEY, ELEM_DATA} and isinstance(leads_to, Goto | JumpTo | str):
             self._known[data[body:end]] = leads_to
         return first, leads_to
 
@@ -109,8 +109,9 @@ class ElementCodec:
             return None
         verdict = attributes(data, *found[DATA_VERDICT])
         code = int.from_bytes(data[slice(*verdict[VERDICT_CODE])], "big", signed=True)
-        if code == GOTO:
-            return Goto(data[slice(*verdict[VERDICT_CHAIN])].rstrip(b"\0").decode())
+        if code in (GOTO, JUMP):
+            chain = data[slice(*verdict[VERDICT_CHAIN])].rstrip(b"\0").decode()
+            return Goto(chain) if code == GOTO else JumpTo(chain)
         return {ACCEPT: "accept", DROP: "drop"}.get(code)  # type: ignore[return-value]  # these two are Data
 
     def _ranges(self, messages: Iterable[tuple[bytes, int, int]]) -> Iterator[tuple[ElementKey, Data]]:
@@ -178,8 +179,9 @@ def _verdict(data: Data) -> bytes:
     """Return the DATA attribute of a verdict; of a set's element there is none."""
     if data is None:
         return b""
-    if isinstance(data, Goto):
-        inner = attribute(VERDICT_CODE, GOTO.to_bytes(4, "big", signed=True)) + attribute(VERDICT_CHAIN, text(data.chain))
+    if isinstance(data, Goto | JumpTo):
+        code = GOTO if isinstance(data, Goto) else JUMP
+        inner = attribute(VERDICT_CODE, code.to_bytes(4, "big", signed=True)) + attribute(VERDICT_CHAIN, text(data.chain))
     else:
         code = {"accept": ACCEPT, "drop": DROP}[cast("str", data)]
         inner = attribute(VERDICT_CODE, code.to_bytes(4, "big"))

@@ -52,7 +52,7 @@ Key: TypeAlias = tuple[KeyPart, ...]
 
 
 class Interval(NamedTuple):
-    """A range of addresses, both ends included, in a key of an interval set."""
+    """A range of addresses or ports, both ends included, in a key of an interval set."""
 
     first: int
     last: int
@@ -68,7 +68,15 @@ class Goto(NamedTuple):
     chain: str
 
 
-Data: TypeAlias = Goto | Literal["drop", "accept"] | tuple[int, int] | None
+class JumpTo(NamedTuple):
+    """``jump CHAIN`` as the verdict of an element: what returns from there goes on with the next rule."""
+
+    chain: str
+    returns: bool = True
+    """Always; without it this would be the same tuple as a ``Goto``."""
+
+
+Data: TypeAlias = Goto | JumpTo | Literal["drop", "accept"] | tuple[int, int] | None
 """What an element leads to: a verdict, an (address, port), or nothing (a set)."""
 
 
@@ -152,7 +160,27 @@ class Chance(msgspec.Struct, frozen=True, gc=False):
     modulus: int
 
 
-Match: TypeAlias = CtState | CtStatus | InSet | AddressIs | InterfaceIs | FibLocal | ProtocolIs | MarkIs | Chance
+class OpensNoConnection(msgspec.Struct, frozen=True, gc=False):
+    """``tcp flags & (fin | syn | rst | ack) != syn``: a TCP packet that is none that opens a connection."""
+
+
+class NeighbourDiscovery(msgspec.Struct, frozen=True, gc=False):
+    """``icmpv6 type { nd-router-solicit, ... }``: what IPv6 cannot do without (RFC 4861). Never holds for IPv4."""
+
+
+Match: TypeAlias = (
+    OpensNoConnection
+    | NeighbourDiscovery
+    | CtState
+    | CtStatus
+    | InSet
+    | AddressIs
+    | InterfaceIs
+    | FibLocal
+    | ProtocolIs
+    | MarkIs
+    | Chance
+)
 
 # -- statements ------------------------------------------------------------------------------------------------------
 

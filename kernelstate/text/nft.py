@@ -41,12 +41,15 @@ from kernelstate.objects.nftables import (
     InterfaceIs,
     Interval,
     JumpChain,
+    JumpTo,
     Key,
     KeyPart,
     MarkIs,
     MasqueradeFully,
     Match,
     NamedSet,
+    NeighbourDiscovery,
+    OpensNoConnection,
     OrMark,
     ProtocolIs,
     Random,
@@ -173,11 +176,21 @@ def element_texts(family: Family, named: NamedSet, elements: Mapping[ElementKey,
     if named.data == "":
         return keys
     if named.data == "verdict":
-        verdicts = {data: f"goto {data.chain}" if isinstance(data, Goto) else str(data) for data in set(elements.values())}
+        verdicts = {data: _verdict_text(data) for data in set(elements.values())}
         return [f"{key} : {verdicts[data]}" for key, data in zip(keys, elements.values(), strict=True)]
     endpoints = cast("Mapping[ElementKey, tuple[int, int]]", elements).values()
     text = _address_texts(family, [address for address, _ in endpoints])
     return [f"{key} : {text[address]} . {port}" for key, (address, port) in zip(keys, endpoints, strict=True)]
+
+
+def _verdict_text(data: Data) -> str:
+    match data:
+        case Goto(chain):
+            return f"goto {chain}"
+        case JumpTo(chain):
+            return f"jump {chain}"
+        case _:
+            return str(data)
 
 
 def key_texts(family: Family, key: Key, keys: Sequence[ElementKey]) -> list[str]:
@@ -188,7 +201,7 @@ def key_texts(family: Family, key: Key, keys: Sequence[ElementKey]) -> list[str]
 
 def _column(family: Family, part: KeyPart, values: list[int | str | Interval]) -> Iterable[str]:
     if not isinstance(part, Field) or not part.name.endswith("addr"):
-        return map(str, values)
+        return (f"{value.first}-{value.last}" if isinstance(value, Interval) else str(value) for value in values)
     return map(_address_texts(family, values).__getitem__, values)
 
 
@@ -243,6 +256,8 @@ def _typeof(family: Family, part: KeyPart) -> str:
             return f"numgen random mod {modulus}"
     assert_never(part)
 
+
+ND_TYPES = ("nd-router-solicit", "nd-router-advert", "nd-neighbor-solicit", "nd-neighbor-advert", "nd-redirect")
 
 # -- rules -----------------------------------------------------------------------------------------------------------
 
@@ -315,6 +330,10 @@ def _match(family: Family, match_: Match) -> str:
             return f"meta mark & 0x{mask:08x} {'==' if negated else '!='} 0x00000000"
         case Chance(modulus):
             return f"numgen random mod {modulus} 0"
+        case OpensNoConnection():
+            return "tcp flags & (fin | syn | rst | ack) != syn"
+        case NeighbourDiscovery():
+            return f"icmpv6 type {_one_or_more(ND_TYPES)}"
     assert_never(match_)
 
 

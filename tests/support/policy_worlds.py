@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from ipaddress import ip_address, ip_network
 
+import msgspec
 from hypothesis import strategies as st
 from immutables import Map
 
@@ -31,7 +32,8 @@ NAMESPACES = ("a", "b")
 KEYS, VALUES = ("app", "tier"), ("", "x", "y")
 NUMBERS = (80, 81, 443)
 NAMES = ("web", "db")
-OUTSIDE = ("192.0.2.7", "10.9.0.1", "2001:db8::7")
+NODE_ADDRESS = ip_address("10.9.0.1")
+OUTSIDE = ("192.0.2.7", str(NODE_ADDRESS), "2001:db8::7")
 BLOCKS = ("10.244.0.0/16", "10.244.1.0/24", "10.244.1.0/30", "10.244.1.2/32", "0.0.0.0/0", "192.0.2.0/24", "fd00::/16", "::/0")
 
 
@@ -125,6 +127,20 @@ def clusters(draw) -> Snapshot:
     )
 
 
+@st.composite
+def histories(draw) -> list[Snapshot]:
+    """Draw up to five clusters, of which each is the one before but for its pods, its policies or its namespaces."""
+    stages = [draw(clusters())]
+    for _ in range(draw(st.integers(0, 4))):
+        part = draw(st.sampled_from(["pods", "pods", "policies", "namespaces"]))
+        other, last = draw(clusters()), stages[-1]
+        fresh = getattr(other, part)
+        if part == "pods" and draw(st.booleans()):
+            fresh = last.pods.update(dict(list(other.pods.items())[:1]))
+        stages.append(msgspec.structs.replace(last, **{part: fresh}))
+    return stages
+
+
 def flows(snapshot: Snapshot) -> list[Flow]:
     """Return every connection worth asking about: between all addresses, on all ports."""
     inside = sorted({ip for pod in snapshot.pods.values() for ip in pod.ips}, key=lambda ip: (ip.version, ip))
@@ -136,7 +152,7 @@ def flows(snapshot: Snapshot) -> list[Flow]:
         if source.version == destination.version
         for protocol in ("TCP", "UDP", "SCTP")
         for port in (80, 90, 443)
-        for from_node in ((False, True) if source == ip_address(OUTSIDE[1]) else (False,))
+        for from_node in ((False, True) if source == NODE_ADDRESS else (False,))
     ]
 
 

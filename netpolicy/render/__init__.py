@@ -1,0 +1,1 @@
+"""A policy table as kernel state, one file a mode."""

@@ -1,0 +1,327 @@
+"""The policy table as nftables: a packet finds its pod's chain by one look-up, and its peer and port by at most five.
+
+    postrouting, just before source translation: whoever sent it, wherever it goes, addresses are those of the pods themselves
+        ct state established,related accept          replies, and all that follows: nothing below costs them anything
+        icmpv6 neighbour discovery accept
+        ip saddr . ip daddr @self accept             a pod that reaches itself
+        ip saddr vmap @egress                        10.244.1.7 : jump out-6f1c...   may it leave?
+        fib saddr type local accept                  from this node
+        ip daddr vmap @ingress                       10.244.1.9 : jump in-90b3...    may it come in?
+    input, behind IPVS: packets to the node itself
+        ct state established,related accept; neighbour discovery; ip saddr vmap @egress
+
+    in-90b3...      the chain of a group of pods (groups.py)
+        tcp flags without a SYN drop                 the rest of a connection that was cut
+        ip saddr @in-90b3...-peers return            peers on every port            return: this direction lets it through
+        ip saddr @in-90b3...-blocks return
+        meta l4proto . th dport @in-90b3...-ports return
+        ip saddr . meta l4proto . th dport @in-90b3...-tuples return
+        ip saddr . meta l4proto . th dport @in-90b3...-boxes return
+        drop
+
+Postrouting is where IPVS' packets can be seen as well, and where Services have been resolved in every mode. A chain is complete
+before a pod is led to it, and an address is led to another chain by one element: a change of policy is one moment. Two pods that
+claim one address are held to what is said of either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping
+
+from clusterstate.objects import IPAddress
+from clusterstate.snapshot import Name
+from kernelstate.objects.address import Family
+from kernelstate.objects.nftables import (
+    AcceptPacket,
+    Chain,
+    CtState,
+    Data,
+    DropPacket,
+    ElementKey,
+    FibLocal,
+    Field,
+    Hook,
+    InSet,
+    Interval,
+    JumpChain,
+    JumpTo,
+    NamedSet,
+    NeighbourDiscovery,
+    OpensNoConnection,
+    ReturnToCaller,
+    Rule,
+    Table,
+    TableChange,
+    VerdictMap,
+)
+from netpolicy.compile import PolicyChange
+from netpolicy.render.groups import Group, GroupKey, Tuple, Union, group_key, rules_of
+from netpolicy.table import DIRECTIONS, Direction, PolicyTable, RuleKey
+
+TABLE = "nodeplane-policy"
+NAMES: Mapping[Family, str] = {4: TABLE, 6: TABLE}
+FAMILIES: tuple[Family, ...] = (4, 6)
+
+_SADDR, _DADDR, _PROTO, _DPORT = Field("saddr"), Field("daddr"), Field("l4proto"), Field("dport")
+_PEER: dict[Direction, Field] = {"ingress": _SADDR, "egress": _DADDR}
+_MAPS = {
+    "egress": NamedSet("egress", (_SADDR,), "verdict", comment="pods here that may not send everything"),
+    "ingress": NamedSet("ingress", (_DADDR,), "verdict", comment="pods here that may not be sent everything"),
+    "self": NamedSet("self", (_SADDR, _DADDR), comment="pods here, each beside itself"),
+}
+_KNOWN = (Rule((CtState(("established", "related")),), (AcceptPacket(),)), Rule((NeighbourDiscovery(),), (AcceptPacket(),)))
+_LEAVES = Rule((), (VerdictMap((_SADDR,), "egress"),))
+_COMMENT = 120
+"""Characters; the kernel takes 127."""
+
+
+class NftablesPolicyProgram:
+    """Both families' tables for one node's policies; ``tables`` are updated in place."""
+
+    def __init__(self) -> None:
+        self.tables: dict[Family, Table] = {family: _empty(family) for family in FAMILIES}
+        self._groups: dict[GroupKey, Group] = {}
+        self._pods: dict[Name, tuple[tuple[IPAddress, ...], dict[Direction, GroupKey]]] = {}
+        self._pods_of: dict[Name, set[Name]] = defaultdict(set)
+        """By policy: the pods in whose groups it is."""
+        self._users: dict[GroupKey, set[Name]] = defaultdict(set)
+        self._at: dict[tuple[Direction, IPAddress], dict[Name, GroupKey]] = defaultdict(dict)
+        """By address: the groups of all who claim it."""
+
+    def update(self, table: PolicyTable, change: PolicyChange) -> dict[Family, TableChange]:
+        """Take in a change of the policy table; return what differs in each family's."""
+        notes = {family: _Notes(self.tables[family]) for family in FAMILIES}
+        pods = set(change.pods)
+        for policy in change.rules:
+            pods |= self._pods_of[policy]
+        self._move_peers(table, change, notes)
+        addresses: set[tuple[Direction, IPAddress]] = set()
+        left: set[GroupKey] = set()
+        for name in sorted(pods):
+            addresses |= self._settle(name, table, left)
+        for key in sorted({key for _, keys in (self._pods[n] for n in pods if n in self._pods) for key in keys.values()}):
+            self._write(key, table, notes, anew=any(policy in change.rules for policy, _ in key.policies))
+        for direction, address in addresses:
+            self._lead(direction, address, notes[address.version])
+        for key in left:
+            if not self._users[key]:
+                self._erase(key, notes)
+        return {family: note.done() for family, note in notes.items()}
+
+    # -- pods and their groups -----------------------------------------------------------------------------------------
+
+    def _settle(self, name: Name, table: PolicyTable, left: set[GroupKey]) -> set[tuple[Direction, IPAddress]]:
+        """Find a pod's groups anew; return the addresses that may lead elsewhere now."""
+        addresses: set[tuple[Direction, IPAddress]] = set()
+        ips, keys = self._pods.pop(name, ((), {}))
+        for direction, key in keys.items():
+            self._users[key].discard(name)
+            left.add(key)
+            for policy, _ in key.policies:
+                self._pods_of[policy].discard(name)
+            for ip in ips:
+                del self._at[direction, ip][name]
+                addresses.add((direction, ip))
+        pod = table.pods.get(name)
+        if pod is None:
+            return addresses
+        groups = {direction: group_key(pod, direction, table) for direction in DIRECTIONS}
+        found = {direction: group for direction, group in groups.items() if group is not None}
+        self._pods[name] = (pod.addresses, found)
+        for direction, key in found.items():
+            self._users[key].add(name)
+            for policy, _ in key.policies:
+                self._pods_of[policy].add(name)
+            for ip in pod.addresses:
+                self._at[direction, ip][name] = key
+                addresses.add((direction, ip))
+        return addresses
+
+    def _lead(self, direction: Direction, address: IPAddress, note: _Notes) -> None:
+        """Let an address lead to its pod's chain, or to one that asks the chains of all who claim it."""
+        number = int(address)
+        keys = sorted(set(self._at[direction, address].values()))
+        before = note.table.elements[direction].get((number,))
+        match len(keys):
+            case 0:
+                note.element(direction, (number,), None, present=False)
+            case 1:
+                note.element(direction, (number,), JumpTo(keys[0].name))
+            case _:
+                chain = f"both-{hashlib.sha256(repr([k.name for k in keys]).encode()).hexdigest()[:12]}"
+                note.chain(chain, Chain(tuple(Rule((), (JumpChain(key.name),)) for key in keys)))
+                note.element(direction, (number,), JumpTo(chain))
+        if isinstance(before, JumpTo) and before.chain.startswith("both-"):
+            note.forget_if_unused(before.chain)
+        isolated = any(self._at.get((way, address)) for way in DIRECTIONS)
+        note.element("self", (number, number), None, present=isolated)
+
+    # -- what is written for a group -----------------------------------------------------------------------------------
+
+    def _write(self, key: GroupKey, table: PolicyTable, notes: dict[Family, _Notes], *, anew: bool) -> None:
+        if key in self._groups and not anew:
+            return
+        group = self._groups[key] = Group(key, rules_of(key, table))
+        for family, note in notes.items():
+            union = group.unions[family]
+            for name, (named, elements) in _sets(group, union).items():
+                note.set(name, named, elements)
+            note.chain(group.name, _chain(group, union))
+
+    def _erase(self, key: GroupKey, notes: dict[Family, _Notes]) -> None:
+        del self._users[key]
+        group = self._groups.pop(key, None)
+        if group is None:
+            return
+        for family, note in notes.items():
+            note.chain(group.name, None)
+            for name in _sets(group, group.unions[family]):
+                note.set(name, None, {})
+
+    def _move_peers(self, table: PolicyTable, change: PolicyChange, notes: dict[Family, _Notes]) -> None:
+        """Let peers come and go in the groups that hold them."""
+        by_policy: dict[Name, list[RuleKey]] = defaultdict(list)
+        for rule in change.peers:
+            by_policy[rule.policy].append(rule)
+        for policy, keys in by_policy.items():
+            groups = {key for name in self._pods_of[policy] for key in self._pods[name][1].values()}
+            rules = {rule.key: rule for rule in table.rules.get(policy, ())}
+            for group_name in groups:
+                group = self._groups[group_name]
+                for key in keys:
+                    if key in group.rules:
+                        self._move(group, group.move(rules[key], change.peers[key]), notes)
+
+    @staticmethod
+    def _move(group: Group, touched: dict[Family, tuple[set[int], set[Tuple]]], notes: dict[Family, _Notes]) -> None:
+        for family, (addresses, tuples) in touched.items():
+            note, union = notes[family], group.unions[family]
+            for address in addresses:
+                note.element(f"{group.name}-peers", (address,), None, present=address in union.peers)
+            for one in tuples:
+                note.element(f"{group.name}-tuples", _tuple(one), None, present=one in union.tuples)
+            note.set(f"{group.name}-boxes", None, _boxes(union), only_elements=True)
+
+
+def render_policies(table: PolicyTable) -> dict[Family, Table]:
+    """Render a whole policy table."""
+    program = NftablesPolicyProgram()
+    program.update(table, PolicyChange(dict.fromkeys(table.pods), dict.fromkeys(table.rules), {}))
+    return program.tables
+
+
+def _empty(family: Family) -> Table:
+    """Return a table that holds nobody back."""
+    known = _KNOWN if family == 6 else _KNOWN[:1]
+    itself = Rule((InSet((_SADDR, _DADDR), "self"),), (AcceptPacket(),))
+    own_node = Rule((FibLocal("saddr"),), (AcceptPacket(),), "from this node")
+    comes_in = Rule((), (VerdictMap((_DADDR,), "ingress"),))
+    chains = {
+        "postrouting": Chain((*known, itself, _LEAVES, own_node, comes_in), Hook("filter", "postrouting", 95)),
+        "input": Chain((*known, _LEAVES), Hook("filter", "input", 101)),
+    }
+    return Table(chains, dict(_MAPS), {name: {} for name in _MAPS})
+
+
+def _sets(group: Group, union: Union) -> dict[str, tuple[NamedSet, dict[ElementKey, Data]]]:
+    """Return a group's sets in one family; all of them, so that peers can come into those that are empty now."""
+    peer = _PEER[group.key.direction]
+    full = (peer, _PROTO, _DPORT)
+    name = group.name
+    return {
+        f"{name}-peers": (NamedSet(f"{name}-peers", (peer,)), {(a,): None for a in union.peers}),
+        f"{name}-blocks": (
+            NamedSet(f"{name}-blocks", (peer,), intervals=True),
+            {(Interval(b.first, b.last),): None for b in union.blocks},
+        ),
+        f"{name}-ports": (
+            NamedSet(f"{name}-ports", (_PROTO, _DPORT), intervals=True),
+            {(p.protocol.lower(), Interval(p.first, p.last)): None for p in union.ports},
+        ),
+        f"{name}-tuples": (NamedSet(f"{name}-tuples", full), {_tuple(t): None for t in union.tuples}),
+        f"{name}-boxes": (NamedSet(f"{name}-boxes", full, intervals=True), _boxes(union)),
+    }
+
+
+def _chain(group: Group, union: Union) -> Chain:
+    """Return a group's chain: what lets through, and then nothing more."""
+    who = f"{group.key.direction}: {group.says}"[:_COMMENT]
+    if union.everything:
+        return Chain((Rule((), (ReturnToCaller(),), who),))
+    peer = _PEER[group.key.direction]
+    full = (peer, _PROTO, _DPORT)
+    keys = {"peers": (peer,), "blocks": (peer,), "ports": (_PROTO, _DPORT), "tuples": full, "boxes": full}
+    cut = Rule((OpensNoConnection(),), (DropPacket(),), "the rest of a connection that was cut")
+    asks = [Rule((InSet(key, f"{group.name}-{part}"),), (ReturnToCaller(),)) for part, key in keys.items()]
+    return Chain((cut, *asks, Rule((), (DropPacket(),), who)))
+
+
+def _tuple(one: Tuple) -> ElementKey:
+    return (one.address, one.protocol.lower(), one.port)
+
+
+def _boxes(union: Union) -> dict[ElementKey, Data]:
+    return {
+        (Interval(box.first, box.last), box.ports.protocol.lower(), Interval(box.ports.first, box.ports.last)): None
+        for box in union.boxes
+    }
+
+
+class _Notes:
+    """Changes one table in place and notes what may differ."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self._chains: set[str] = set()
+        self._sets: set[str] = set()
+        self._elements: dict[str, set[ElementKey]] = defaultdict(set)
+        self._unused: set[str] = set()
+
+    def chain(self, name: str, chain: Chain | None) -> None:
+        """Let a chain be so, None: not be."""
+        if self.table.chains.get(name) == chain:
+            return
+        self._chains.add(name)
+        if chain is None:
+            del self.table.chains[name]
+        else:
+            self.table.chains[name] = chain
+
+    def set(self, name: str, named: NamedSet | None, elements: dict[ElementKey, Data], *, only_elements: bool = False) -> None:
+        """Let a set hold exactly these elements; without ``named`` the set itself goes, or stays as it is."""
+        if not only_elements and self.table.sets.get(name) != named:
+            self._sets.add(name)
+            if named is None:
+                del self.table.sets[name], self.table.elements[name]
+                self._elements.pop(name, None)
+                return
+            self.table.sets[name] = named
+        held = self.table.elements.setdefault(name, {})
+        for key in [*held.keys() - elements.keys(), *elements.keys() - held.keys()]:
+            self.element(name, key, None, present=key in elements)
+
+    def element(self, name: str, key: ElementKey, data: Data, *, present: bool = True) -> None:
+        """Let an element be there with this data, or not be there."""
+        held = self.table.elements[name]
+        if present == (key in held) and held.get(key) == data:
+            return
+        self._elements[name].add(key)
+        if present:
+            held[key] = data
+        else:
+            del held[key]
+
+    def forget_if_unused(self, chain: str) -> None:
+        """Drop a chain at the end if no element leads to it then."""
+        self._unused.add(chain)
+
+    def done(self) -> TableChange:
+        """Return what was noted."""
+        if self._unused:
+            led = {data.chain for way in DIRECTIONS for data in self.table.elements[way].values() if isinstance(data, JumpTo)}
+            for chain in self._unused - led:
+                self.chain(chain, None)
+        elements = {name: frozenset(keys) for name, keys in self._elements.items() if keys}
+        return TableChange(frozenset(self._chains), frozenset(self._sets), elements)
