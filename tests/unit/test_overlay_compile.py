@@ -15,6 +15,7 @@ from overlay.oracle import path_of
 from overlay.table import PeerTable, Reach
 
 A = "flannel.alpha.coreos.com/"
+RUN = {A + "kube-subnet-manager": "true"}
 
 
 def compiled(*nodes: Node, conf: NetConf = VXLAN, uplink: Uplink = UPLINK) -> PeerTable:
@@ -59,8 +60,12 @@ def test_dual_stack() -> None:
 
 
 def test_annotations_count() -> None:
-    """Flannel's annotations say MAC and address; overwrite comes before public-ip, that before InternalIP."""
+    """Flannel's annotations say MAC and address: overwrite before public-ip before node-public-ip before InternalIP."""
+    asked = node("n2", "10.244.2.0/24", "192.168.1.2", {A + "node-public-ip": "198.51.100.9"})
+    assert compiled(asked).peers[0].public_ips == (ip_address("198.51.100.9"),)
     data = {
+        **RUN,
+        A + "node-public-ip": "198.51.100.9",
         A + "backend-type": "vxlan",
         A + "backend-data": '{"VNI":1,"VtepMAC":"12:c6:65:89:b4:e3"}',
         A + "public-ip": "198.51.100.2",
@@ -83,27 +88,41 @@ def test_annotations_count() -> None:
         (node("n2", "", "192.168.1.2"), "spec.podCIDRs: nothing: has no IPv4 pod network"),
         (node("n2", "10.244.2.0/24"), "status.addresses: nothing: has no IPv4 InternalIP"),
         (
-            node("n2", "10.244.2.0/24", "192.168.1.2", {A + "public-ip": "fd00::1"}),
+            node("n2", "10.244.2.0/24", "192.168.1.2", {**RUN, A + "public-ip": "fd00::1"}),
             f"annotation {A}public-ip: fd00::1: is not an IPv4 address",
         ),
         (
-            node("n2", "10.244.2.0/24", "192.168.1.2", {A + "public-ip": "eth0"}),
+            node("n2", "10.244.2.0/24", "192.168.1.2", {**RUN, A + "public-ip": "eth0"}),
             f"annotation {A}public-ip: eth0: is not an IPv4 address",
         ),
         (
-            node("n2", "10.244.2.0/24", "192.168.1.2", {A + "backend-type": "wireguard"}),
+            node("n2", "10.244.2.0/24", "192.168.1.2", {**RUN, A + "backend-type": "wireguard"}),
             f"annotation {A}backend-type: wireguard: the backend here is vxlan",
         ),
         (
-            node("n2", "10.244.2.0/24", "192.168.1.2", {A + "backend-data": '{"VNI":2,"VtepMAC":"12:c6:65:89:b4:e3"}'}),
+            node("n2", "10.244.2.0/24", "192.168.1.2", {**RUN, A + "backend-type": ""}),
+            f"annotation {A}backend-type: nothing: the backend here is vxlan",
+        ),
+        (
+            node("n2", "10.244.2.0/24", "192.168.1.2", {A + "public-ip": "192.168.1.2"}),
+            f"annotation {A}kube-subnet-manager: nothing: flannel has annotated the node but does not run it",
+        ),
+        (
+            node("n2", "10.244.2.0/24", "192.168.1.2", {A + "kube-subnet-manager": "false"}),
+            f"annotation {A}kube-subnet-manager: false: flannel has annotated the node but does not run it",
+        ),
+        (
+            node("n2", "10.244.2.0/24", "192.168.1.2", {**RUN, A + "backend-data": '{"VNI":2,"VtepMAC":"12:c6:65:89:b4:e3"}'}),
             f'annotation {A}backend-data: {{"VNI":2,"VtepMAC":"12:c6:65:89:b4:e3"}}: the VNI here is 1',
         ),
         (
-            node("n2", "10.244.2.0/24", "192.168.1.2", {A + "backend-data": "x"}),
+            node("n2", "10.244.2.0/24", "192.168.1.2", {**RUN, A + "backend-data": "x"}),
             f"annotation {A}backend-data: x: is not JSON",
         ),
         (
-            node("n2", "10.244.2.0/24", "192.168.1.2", {A + "backend-data": f'{{"VtepMAC":"{derived_mac("n1", 1, 4)}"}}'}),
+            node(
+                "n2", "10.244.2.0/24", "192.168.1.2", {**RUN, A + "backend-data": f'{{"VtepMAC":"{derived_mac("n1", 1, 4)}"}}'}
+            ),
             f"VtepMAC: {derived_mac('n1', 1, 4)}: is the MAC of Node n1 as well",
         ),
     ],

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from overlay.lease import Vtep, derived_mac, parse_vtep, print_annotations, print_vtep
+from overlay.lease import Vtep, annotations_patch, derived_mac, parse_vtep, print_annotations, print_vtep
 
 VTEP = Vtep(1, "12:c6:65:89:b4:e3")
 
@@ -58,6 +58,22 @@ def test_prints_as_flannel_does() -> None:
     host_gw = print_annotations("host-gw", {6: "fd00::2"}, {})
     assert json.loads(host_gw["flannel.alpha.coreos.com/backend-v6-data"]) is None
     assert host_gw["flannel.alpha.coreos.com/public-ipv6"] == "fd00::2"
+    assert print_annotations("udp", {4: "192.168.1.2"}, {}) == {
+        "flannel.alpha.coreos.com/kube-subnet-manager": "true",
+        "flannel.alpha.coreos.com/backend-type": "",
+        "flannel.alpha.coreos.com/public-ip": "192.168.1.2",
+        "flannel.alpha.coreos.com/backend-data": "null",
+    }
+
+
+def test_patch_holds_what_differs() -> None:
+    """The patch of a Node names annotations that are missing or other, leaves those of others alone, and may be nothing."""
+    wanted = print_annotations("host-gw", {4: "192.168.1.2"}, {})
+    assert annotations_patch(wanted, {}) == {"metadata": {"annotations": wanted}}
+    found = {**wanted, "flannel.alpha.coreos.com/public-ip": "192.168.1.9", "somebody/else": "x"}
+    patch = {"metadata": {"annotations": {"flannel.alpha.coreos.com/public-ip": "192.168.1.2"}}}
+    assert annotations_patch(wanted, found) == patch
+    assert annotations_patch(wanted, {**wanted, "somebody/else": "x"}) is None
 
 
 def test_derived_mac() -> None:
