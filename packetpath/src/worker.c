@@ -38,7 +38,7 @@
 #define BATCH 64          /* packets from the TUN in one go, datagrams in one send */
 #define MESSAGES 16       /* received in one go, of up to 64 kB each */
 #define LARGEST 65000     /* bytes in one send; UDP takes 65,507 */
-#define SPIN_NS 30000     /* so long a worker that was busy looks again before it sleeps */
+#define SPIN_NS 20000     /* so long a worker that was busy looks again before it sleeps */
 #define ICMP_PER_SECOND 1000
 
 struct pending {
