@@ -10,7 +10,11 @@ VNI and the MAC of its end (VTEP):
 A node without them is known all the same: its MAC is then computed from its name, here and there alike, so nobody has to write
 anything anywhere, and it stays the same over restarts, new links and new machines.
 
-Source: flannel pkg/subnet/kube/annotations.go, pkg/backend/vxlan/vxlan.go.
+flannel writes the annotations in ``WRITTEN`` once it runs, and reads those that people set: ``node-public-ip`` is the address to
+take, ``public-ip-overwrite`` the one to tell instead of it (a NAT's). It takes another node for a peer only if that one bears
+``kube-subnet-manager: "true"``.
+
+Source: flannel pkg/subnet/kube/annotations.go, pkg/subnet/kube/kube.go, pkg/backend/vxlan/vxlan.go.
 """
 
 from __future__ import annotations
@@ -27,7 +31,10 @@ BACKEND_TYPE = PREFIX + "backend-type"
 BACKEND_DATA: Mapping[int, str] = {4: PREFIX + "backend-data", 6: PREFIX + "backend-v6-data"}
 PUBLIC_IP: Mapping[int, str] = {4: PREFIX + "public-ip", 6: PREFIX + "public-ipv6"}
 PUBLIC_IP_OVERWRITE: Mapping[int, str] = {4: PREFIX + "public-ip-overwrite", 6: PREFIX + "public-ipv6-overwrite"}
+NODE_PUBLIC_IP: Mapping[int, str] = {4: PREFIX + "node-public-ip", 6: PREFIX + "node-public-ipv6"}
 KUBE_SUBNET_MANAGER = PREFIX + "kube-subnet-manager"
+WRITTEN = frozenset({KUBE_SUBNET_MANAGER, BACKEND_TYPE, *BACKEND_DATA.values(), *PUBLIC_IP.values()})
+"""What flannel itself writes; a node that bears none of it is not run by flannel."""
 
 _is_mac = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}").fullmatch
 
@@ -64,13 +71,27 @@ def print_vtep(vtep: Vtep) -> str:
     return f'{{"VNI":{vtep.vni},"VtepMAC":"{vtep.mac}"}}'
 
 
+def backend_type(backend: str) -> str:
+    """Return a backend as leases and annotations name it: flannel's udp says nothing of itself."""
+    return "" if backend == "udp" else backend
+
+
 def print_annotations(backend: str, public_ips: Mapping[int, str], vteps: Mapping[int, Vtep]) -> dict[str, str]:
     """Return the annotations by which flannel's nodes find this one; ``public_ips`` and ``vteps`` by family."""
-    found = {KUBE_SUBNET_MANAGER: "true", BACKEND_TYPE: backend}
+    found = {KUBE_SUBNET_MANAGER: "true", BACKEND_TYPE: backend_type(backend)}
     for family, address in public_ips.items():
         found[PUBLIC_IP[family]] = address
         found[BACKEND_DATA[family]] = print_vtep(vteps[family]) if family in vteps else "null"
     return found
+
+
+def annotations_patch(wanted: Mapping[str, str], found: Mapping[str, str]) -> dict[str, object] | None:
+    """Return the strategic merge patch of a Node's ``status`` subresource that makes ``wanted`` true; None: it is.
+
+    Holds what differs from ``found`` and nothing else, so annotations of others stay. flannel patches the same subresource.
+    """
+    changed = {key: value for key, value in sorted(wanted.items()) if found.get(key) != value}
+    return {"metadata": {"annotations": changed}} if changed else None
 
 
 def derived_mac(node: str, vni: int, family: int) -> str:

@@ -26,6 +26,15 @@ class Registration(msgspec.Struct, frozen=True):
     pod_field: str = "spec.podCIDRs"
 
 
+def why_no_node_address(address: IPAddress, network: IPNetwork | None) -> str:
+    """Return why packets to a node cannot be sent to this address, with the pod network of its family; empty: they can."""
+    if network is not None and address in network:
+        return f"lies inside the pod network {network}: packets to the node would go into the tunnel"
+    if address.is_multicast or address.is_unspecified or address.is_loopback:
+        return "is not the address of one node"
+    return ""
+
+
 class Member(msgspec.Struct, frozen=True):
     """One node as its registry has it: registrations by family, IPv4 first, and what keeps others out."""
 

@@ -1,9 +1,15 @@
 """Who is in the overlay, by the Node objects: each node's pod network, address and tunnel end, as far as each states them.
 
 Looks at one node at a time; what nodes claim against each other is judged in ``compile.py``. Where flannel's annotations are
-there they count, so that a node may be run by either; the order for the address is flannel's:
+there they count, so that a node may be run by either; the order for the address is flannel's. ``public-ip`` comes before
+``node-public-ip``, since it is what flannel's nodes send to, and all nodes must send to the same:
 
-    public-ip-overwrite  >  public-ip  >  status.addresses (InternalIP)
+    public-ip-overwrite  >  public-ip  >  node-public-ip  >  status.addresses (InternalIP)
+
+    kube-subnet-manager   others of flannel's annotations    a peer?
+    "true"                any                                yes: flannel runs it, or we and somebody wrote them
+    anything else, none   some that flannel writes           no: flannel has begun with it or left it, and no node of its takes it
+    none                  none                               yes: one of ours, about which nobody had to write anything
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ from clusterstate.objects import IPAddress, Node
 from overlay import lease
 from overlay.lease import Vtep
 from overlay.netconf import NetConf, VxlanBackend
-from overlay.registration import Member, Registration
+from overlay.registration import Member, Registration, why_no_node_address
 from overlay.table import PeerProblem
 
 
@@ -35,8 +41,12 @@ def read_node(node: Node, net_conf: NetConf, *, own: bool) -> tuple[list[Registr
     """
     found: list[Registration] = []
     problems: list[PeerProblem] = []
-    stated = node.annotations.get(lease.BACKEND_TYPE, "")
-    if stated and stated.lower() != net_conf.backend.type and not own:
+    manager = node.annotations.get(lease.KUBE_SUBNET_MANAGER)
+    if manager != "true" and not own and any(key in node.annotations for key in lease.WRITTEN):
+        reason = "flannel has annotated the node but does not run it: this must be true"
+        return [], [PeerProblem(node.name, f"annotation {lease.KUBE_SUBNET_MANAGER}", manager or "", reason)]
+    stated = node.annotations.get(lease.BACKEND_TYPE)
+    if stated is not None and not own and lease.backend_type(stated.lower()) != lease.backend_type(net_conf.backend.type):
         reason = f"the backend here is {net_conf.backend.type}; nodes of different backends do not reach each other"
         return [], [PeerProblem(node.name, f"annotation {lease.BACKEND_TYPE}", stated, reason)]
     for family in net_conf.families:
@@ -61,13 +71,14 @@ def _read_family(node: Node, family: int, net_conf: NetConf, *, own: bool) -> Re
     if not (network is not None and network.version == pod_cidr.version and pod_cidr.subnet_of(network)):  # type: ignore[arg-type]
         raise _Left("spec.podCIDRs", str(pod_cidr), f"is not inside Network {network}")
     address, field = _public_ip(node, family)
-    if network is not None and address in network:
-        raise _Left(field, str(address), f"lies inside the pod network {network}: packets to the node would go into the tunnel")
+    reason = why_no_node_address(address, network)
+    if reason:
+        raise _Left(field, str(address), reason)
     return Registration(node.name, family, pod_cidr, address, field, _vtep(node, family, net_conf, own=own))
 
 
 def _public_ip(node: Node, family: int) -> tuple[IPAddress, str]:
-    for key in (lease.PUBLIC_IP_OVERWRITE[family], lease.PUBLIC_IP[family]):
+    for key in (lease.PUBLIC_IP_OVERWRITE[family], lease.PUBLIC_IP[family], lease.NODE_PUBLIC_IP[family]):
         text = node.annotations.get(key)
         if not text:
             continue

@@ -7,6 +7,7 @@ import select
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ import msgspec
 from clusterstate.sources.files import FileSource
 from kernelstate.linux import netns
 from kernelstate.linux.conntrack import Conntrack
+from kernelstate.linux.forwarder import LinuxForwarder
 from nodeplane.agent import Agent
 from nodeplane.config import parse_config
 from nodeplane.flows import FlowKeeper
@@ -28,18 +30,30 @@ SECONDS = 60.0
 class ForkedAgent:
     """The agent of one node; ``start`` and ``kill`` as often as one likes."""
 
-    def __init__(self, space: str, objects: Path, status: Path, services: dict) -> None:
-        self.space, self.objects, self.status = space, objects, status
+    def __init__(
+        self,
+        space: str,
+        objects: Path,
+        status: Path,
+        services: dict,
+        *,
+        node: str = "n1",
+        overlay: dict | None = None,
+        forwarder: Callable[[], LinuxForwarder | None] = lambda: None,
+    ) -> None:
+        """Take a function that makes the forwarder of backend udp in the agent's own process; None: the usual one."""
+        self.space, self.objects, self.status, self.node, self.forwarder = space, objects, status, node, forwarder
         self.config = parse_config(
             {
                 "apiVersion": "nodeplane.dev/v1alpha1",
                 "kind": "NodeConfiguration",
-                "nodeName": "n1",
+                "nodeName": node,
                 "services": {
                     "clusterCIDR": "10.244.0.0/16,fd00:244::/32",
                     **{mode: {"minSyncPeriod": "1ms"} for mode in ("iptables", "ipvs", "nftables")},
                     **services,
                 },
+                **({"overlay": overlay} if overlay else {}),
             }
         )
         self.pid = 0
@@ -62,7 +76,7 @@ class ForkedAgent:
 
     def _live(self) -> None:
         source = FileSource([self.objects])
-        host = host_kernel(self.config, 0)
+        host = host_kernel(self.config, 0, self.forwarder())
         agent = Agent(
             pipeline=Pipeline(self.config),
             source=source,
@@ -70,7 +84,7 @@ class ForkedAgent:
             kernel=host.kernel,
             flows=FlowKeeper(Conntrack(), self.config.services),
             publish=lambda status: write_status(status, self.status),
-            status=Status(pid=os.getpid(), node="n1", mode=self.config.mode),
+            status=Status(pid=os.getpid(), node=self.node, mode=self.config.mode),
             watched=host.watched,
         )
         agent.start(source.load())

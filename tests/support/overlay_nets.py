@@ -105,10 +105,15 @@ class OverlayNode:
             finally:
                 fresh.close()
 
+    def drifted(self) -> bool:
+        """Ask the reconciler in the node's namespace."""
+        with netns.inside(self.space):
+            return self.reconciler.drifted()
+
     def repair(self, damage: str) -> float:
         """Wait until damage is noticed as drift, sync, and return the seconds it took. Fails after ``REPAIR`` seconds."""
         started = time.monotonic()
-        while not self.reconciler.drifted():
+        while not self.drifted():
             left = started + REPAIR - time.monotonic()
             assert left > 0, f"{damage}: nothing was noticed"
             select.select([self.links], [], [], left)

@@ -12,7 +12,7 @@ from clusterstate.objects import Node, NodeAddress
 from clusterstate.snapshot import Snapshot
 from kernelstate.objects.links import Uplink
 from overlay.compile import compile_peers
-from overlay.netconf import HostGwBackend, NetConf, VxlanBackend
+from overlay.netconf import HostGwBackend, NetConf, UdpBackend, VxlanBackend
 from overlay.registry.nodes import read_nodes
 from overlay.table import PeerTable
 
@@ -21,6 +21,7 @@ NETWORK6 = ip_network("fd00:244::/48")
 VXLAN = NetConf(NETWORK)
 DIRECT = NetConf(NETWORK, backend=VxlanBackend(direct_routing=True))
 HOST_GW = NetConf(NETWORK, backend=HostGwBackend())
+UDP = NetConf(NETWORK, backend=UdpBackend())
 DUAL = NetConf(NETWORK, NETWORK6)
 UPLINK = Uplink("eth0", (ip_interface("192.168.1.1/24"), ip_interface("fd00:1::1/64")), 1500)
 
@@ -64,6 +65,6 @@ def clusters(draw: st.DrawFn) -> tuple[Snapshot, NetConf]:
                 f"192.168.{segment}.{host} fd00:{segment}::{host}",
             )
         )
-    backend = draw(st.sampled_from((VxlanBackend(), VxlanBackend(direct_routing=True), HostGwBackend())))
+    backend = draw(st.sampled_from((VxlanBackend(), VxlanBackend(direct_routing=True), HostGwBackend(), UdpBackend())))
     networks = draw(st.sampled_from(((NETWORK, None), (NETWORK, NETWORK6), (None, NETWORK6))))
     return snapshot(*nodes), NetConf(*networks, backend=backend)

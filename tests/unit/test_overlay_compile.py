@@ -85,6 +85,7 @@ def test_annotations_count() -> None:
         (node("n2", "10.9.0.0/24", "192.168.1.2"), "spec.podCIDRs: 10.9.0.0/24: is not inside Network 10.244.0.0/16"),
         (node("n2", "10.244.2.0/24", "192.168.1.1"), "status.addresses: 192.168.1.1: is the address of Node n1 as well"),
         (node("n2", "10.244.2.0/24", "10.244.9.9"), "status.addresses: 10.244.9.9: lies inside the pod network 10.244.0.0/16"),
+        (node("n2", "10.244.2.0/24", "127.0.0.1"), "status.addresses: 127.0.0.1: is not the address of one node"),
         (node("n2", "", "192.168.1.2"), "spec.podCIDRs: nothing: has no IPv4 pod network"),
         (node("n2", "10.244.2.0/24"), "status.addresses: nothing: has no IPv4 InternalIP"),
         (
