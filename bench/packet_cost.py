@@ -12,6 +12,8 @@
 
 Each datapath and size is a node of its own (``injection.py``), programmed by the real agent, which has ended before anything is
 measured. All of them exist at the same time and are measured in turn, round after round; a figure is the minimum of the rounds.
+(Up to Linux 6.1 at least, IPVS keeps the virtual servers of all namespaces in one table of 256 lists, so that small sizes are
+charged for large ones: IPVS' growth is measured by ``ipvs_in_vm.py``, one size after the other.)
 Between any two runs the node's connection table is emptied. A packet that does not arrive where it should ends the benchmark.
 """
 
@@ -89,7 +91,7 @@ def measure(options: Options, rounds: int = ROUNDS, budget: float = BUDGET, size
     modes = _modes_here(options.modes)
     try:
         with open_injector() as injector, contextlib.ExitStack() as undo:
-            lanes = [_open(undo, injector, FORWARDING, 0), _open(undo, injector, CONNTRACK, 0)]
+            lanes = [open_lane(undo, injector, FORWARDING, 0), open_lane(undo, injector, CONNTRACK, 0)]
             for services in sizes:
                 lanes += _lanes(undo, injector, modes, services)
             with pinned():
@@ -122,12 +124,13 @@ def _lanes(undo: contextlib.ExitStack, injector: Injector, modes: Sequence[str],
         for datapath in DATAPATHS:
             if datapath.mode not in modes:
                 continue
-            lane = _open(undo, injector, datapath, services)
+            lane = open_lane(undo, injector, datapath, services)
             _program(lane, objects)
             yield lane
 
 
-def _open(undo: contextlib.ExitStack, injector: Injector, datapath: Datapath, services: int) -> Lane:
+def open_lane(undo: contextlib.ExitStack, injector: Injector, datapath: Datapath, services: int) -> Lane:
+    """Make a node, and load the rules of a datapath without a mode."""
     address = cluster.node(1)["status"]["addresses"][0]["address"]
     lane = Lane(datapath, services, undo.enter_context(open_road(injector, f"{address}/32")))
     if datapath.rules:
@@ -209,12 +212,12 @@ def _measure(injector: Injector, lanes: Sequence[Lane], rounds: int, budget: flo
     draw = random.Random(1)
     for lane in lanes:
         for name in TRAFFIC:
-            each = _run(injector, lane, name, draw, _WARM_UP).each
+            each = send(injector, lane, name, draw, _WARM_UP).each
             lane.counts[name] = max(FEWEST, min(_most(lane, name), int(budget * 1e6 / each)))
     for _ in range(rounds):
         for lane in lanes:
             for name, count in lane.counts.items():
-                lane.runs.setdefault(name, []).append(_run(injector, lane, name, draw, count))
+                lane.runs.setdefault(name, []).append(send(injector, lane, name, draw, count))
 
 
 def _most(lane: Lane, traffic: str) -> int:
@@ -225,8 +228,8 @@ def _most(lane: Lane, traffic: str) -> int:
         return min(MOST, int(sysctl.read("net.netfilter.nf_conntrack_max")) // 4)
 
 
-def _run(injector: Injector, lane: Lane, traffic: str, draw: random.Random, count: int) -> Sent:
-    """Send on an empty connection table. Raises Failed when a packet does not arrive where it should."""
+def send(injector: Injector, lane: Lane, traffic: str, draw: random.Random, count: int) -> Sent:
+    """Send packets of a kind on an empty connection table. Raises Failed when a packet does not arrive where it should."""
     netns.run(lane.road.node, ["conntrack", "-F"])
     sent = TRAFFIC[traffic](injector, lane, draw, count)
     if sent.lost or sent.elsewhere:
@@ -239,14 +242,14 @@ def _run(injector: Injector, lane: Lane, traffic: str, draw: random.Random, coun
 
 
 def _rows(lanes: Sequence[Lane]) -> list[Row]:
-    bare = {name: _least(runs) for name, runs in lanes[0].runs.items()}
+    bare = {name: least(runs) for name, runs in lanes[0].runs.items()}
     rows = []
     for name in TRAFFIC:
         for lane in lanes:
-            row = Row(name, lane.datapath.mode, _params(lane), "CPU per packet", _least(lane.runs[name]), "ns")
+            row = Row(name, lane.datapath.mode, _params(lane), "CPU per packet", least(lane.runs[name]), "ns")
             rows.append(against(row, bare[name], "forwarding") if lane is not lanes[0] else row)
         rows += _growth([lane for lane in lanes if lane.services], name)
-    spread = max(median([s.each for s in runs]) / _least(runs) for lane in lanes for runs in lane.runs.values())
+    spread = max(median([s.each for s in runs]) / least(runs) for lane in lanes for runs in lane.runs.values())
     return [*rows, Row("noise", "none", {}, "median of rounds to minimum, at most", spread, "times")]
 
 
@@ -256,7 +259,7 @@ def _growth(lanes: Sequence[Lane], traffic: str) -> Iterator[Row]:
         own = [lane for lane in lanes if lane.datapath is datapath]
         if len(own) > 1:
             first, last = own[0], own[-1]
-            growth = _least(last.runs[traffic]) / _least(first.runs[traffic])
+            growth = least(last.runs[traffic]) / least(first.runs[traffic])
             yield Row(traffic, datapath.mode, _params(last), f"growth from {first.services}", growth, "times")
 
 
@@ -264,5 +267,6 @@ def _params(lane: Lane) -> dict[str, int | float | str]:
     return {"datapath": lane.datapath.name} | ({"services": lane.services} if lane.services else {})
 
 
-def _least(runs: Sequence[Sent]) -> float:
+def least(runs: Sequence[Sent]) -> float:
+    """Return the smallest cost of a packet, in nanoseconds."""
     return min(sent.each for sent in runs)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from bench.ipvs_plots import DATAPATH_LOOKS, draw_ipvs
+from bench.overlay_plots import draw_attachment, draw_overlay
 from bench.result import Result, Row, number
 from bench.stages import STAGES
 
@@ -42,7 +44,7 @@ REFERENCE = "kube-proxy 1.36, reference figure,\nnot measured here"
 def draw(result: Result, path: Path) -> None:
     """Draw a result into a PNG file."""
     modes = _modes(result) if result.bench in _BY_MODE else [""]
-    figure = Figure(figsize=(11, 6 * len(modes)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, _INCHES.get(result.bench, 6) * len(modes)), dpi=110, layout="constrained")
     for part, mode in zip(figure.subfigures(len(modes), 1, squeeze=False)[:, 0], modes, strict=True):
         rows = [row for row in result.rows if mode in {"", row.mode}]
         if mode:
@@ -181,13 +183,6 @@ def _drift_repair(figure: Any, rows: Sequence[Row]) -> None:
 
 # -- packet-cost -------------------------------------------------------------------------------------------------------
 
-_DATAPATH_LOOKS = {
-    "iptables flat": (RED, "d--"),
-    "iptables": (ORANGE, "^-"),
-    "ipvs": (GREEN, "s-"),
-    "nftables": (BLUE, "o-"),
-}
-
 
 def _packet_cost(figure: Any, rows: Sequence[Row]) -> None:
     costs = [row for row in rows if row.metric == "CPU per packet"]
@@ -200,7 +195,7 @@ def _packet_cost(figure: Any, rows: Sequence[Row]) -> None:
     }
     top = 1.6 * max(row.value for row in costs)
     for axes, (name, title) in zip(figure.subplots(2, 2, sharex=True, sharey=True).flat, panels.items(), strict=True):
-        for datapath, (colour, style) in _DATAPATH_LOOKS.items():
+        for datapath, (colour, style) in DATAPATH_LOOKS.items():
             points = _points([row for row in costs if row.params["datapath"] == datapath], name, "CPU per packet")
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=colour, label=datapath)
@@ -276,6 +271,8 @@ def _plain(axis: Any) -> None:
 
 
 _BY_MODE = frozenset({"services-change", "services-full"})
+_INCHES = {"overlay": 9.0, "pod-attachment": 4.0}
+"""Height of a picture, where it is not 6."""
 
 _DRAWINGS: dict[str, Callable[[Any, Sequence[Row]], None]] = {
     "services-change": _services_change,
@@ -283,4 +280,7 @@ _DRAWINGS: dict[str, Callable[[Any, Sequence[Row]], None]] = {
     "lab-up": _lab_up,
     "drift-repair": _drift_repair,
     "packet-cost": _packet_cost,
+    "ipvs-in-vm": draw_ipvs,
+    "overlay": draw_overlay,
+    "pod-attachment": draw_attachment,
 }

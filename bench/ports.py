@@ -29,7 +29,7 @@ class Written:
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.elements = 0
-        """Elements, servers and addresses that went to the kernel as netlink messages, without a text."""
+        """Elements, members, servers and addresses that went to the kernel as netlink messages, without a text."""
 
     def clear(self) -> None:
         """Begin again with nothing."""

@@ -14,17 +14,18 @@ from collections.abc import Sequence
 
 from bench.ports import Written
 from kernelstate.diff_ipvs import IpvsChange
-from kernelstate.diff_sets import TEMPORARY
+from kernelstate.diff_sets import TEMPORARY, AddMembers, DeleteMembers, SetChange, SetHeader
 from kernelstate.fake_ipvs import FakeIpvs
 from kernelstate.fake_sets import FakeIpset
 from kernelstate.linux.ipset import LinuxIpset, has_ipset
 from kernelstate.linux.ipvs import LinuxIpvs, has_ipvs, requests_of
 from kernelstate.linux.service_addresses import LinuxServiceAddresses
 from kernelstate.objects.address import Prefix
+from kernelstate.objects.sets import Member, SetSpec
 from kernelstate.ownership import Ownership
 from kernelstate.reconcile_addresses import AddressReconciler
 from kernelstate.reconcile_ipvs import IpvsReconciler
-from kernelstate.reconcile_sets import IpsetReconciler
+from kernelstate.reconcile_sets import IpsetPort, IpsetReconciler
 from nodeplane.kernel import IpvsParts
 from proxy.render.ipvs import SET_TYPES, set_name
 from proxy.render.ipvs_program import LINK
@@ -60,6 +61,26 @@ class CountingServers(LinuxIpvs):
         return super().apply(changes)
 
 
+class CountingSets:
+    """Sets, wherever they are kept, with a count of members that come and go."""
+
+    def __init__(self, written: Written, port: IpsetPort) -> None:
+        self._written, self._port = written, port
+
+    def headers(self) -> dict[str, SetHeader]:
+        """Return every set, without its members."""
+        return self._port.headers()
+
+    def members(self, spec: SetSpec) -> frozenset[Member]:
+        """Return a set's members."""
+        return self._port.members(spec)
+
+    def apply(self, changes: Sequence[SetChange]) -> str:
+        """Do each, in order, until one is refused."""
+        self._written.elements += sum(len(one.members) for one in changes if isinstance(one, AddMembers | DeleteMembers))
+        return self._port.apply(changes)
+
+
 class CountingAddresses(LinuxServiceAddresses):
     """The link's addresses, with a count of requests."""
 
@@ -78,7 +99,7 @@ def measured_ipvs(written: Written) -> IpvsParts:
     addresses = AddressReconciler(CountingAddresses(written))
     ownership = Ownership(frozenset(set_name(name, family) for name in SET_TYPES for family in (4, 6)), (TEMPORARY,))
     return IpvsParts(
-        IpsetReconciler(LinuxIpset() if has_ipset() else FakeIpset(), ownership),
+        IpsetReconciler(CountingSets(written, LinuxIpset() if has_ipset() else FakeIpset()), ownership),
         IpvsReconciler(CountingServers(written) if has_ipvs() else EncodingServers(written), addresses.addresses),
         addresses,
     )

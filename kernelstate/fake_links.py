@@ -25,6 +25,8 @@ class FakeLinks:
         self.observations = 0
         self.broken = False
         self.refuse = refuse
+        self.checksums: dict[str, bool] = {}
+        """Whether checksums are left to a link; every new one has them left to it."""
         self._events: list[LinkEvent] | None = []
         for name in underlays:
             self.put(Link(name, 1500, "", None, alias=""))
@@ -48,6 +50,10 @@ class FakeLinks:
         """Return what happened since the last call."""
         found, self._events = self._events, []
         return found
+
+    def tx_checksum(self, link: str) -> bool | None:
+        """Return whether checksums are left to a link."""
+        return self.checksums.get(link) if ("link", link) in self.objects else None
 
     # -- somebody else -----------------------------------------------------------------------------------------------
 
@@ -88,7 +94,11 @@ class FakeLinks:
             if change.before is not None and change.before.mac != obj.mac:
                 for other in [o for o in self.objects.values() if isinstance(o, Neigh) and o.link == obj.name]:
                     self.take(other)
-            self.put(obj)
+            if change.verb == "create":
+                self.checksums[obj.name] = True
+            if obj.tx_checksum is not None:
+                self.checksums[obj.name] = obj.tx_checksum
+            self.put(msgspec.structs.replace(obj, tx_checksum=None))
             return ""
         link = self.objects.get(("link", obj.link))
         if not isinstance(link, Link):

@@ -17,3 +17,5 @@ class Feature(StrEnum):
     IPSET = "ipset"
     DUMMY_LINK = "dummy link"
     NFTABLES = "nftables"
+    UDP_FORWARDER = "udp forwarder"
+    TUNNEL_PROGRAMS = "udp tunnel in the kernel"

@@ -52,6 +52,9 @@ class LinkPort(Protocol):
     def events(self) -> list[LinkEvent] | None:
         """Return what happened since the last call; None: more than could be kept. Never blocks."""
 
+    def tx_checksum(self, link: str) -> bool | None:
+        """Return whether checksums are left to a link; None if there is none. ``observe`` and ``events`` leave it out."""
+
 
 class LinkReconciler:
     """The overlay's part of one network namespace; implements ``ports.Reconciler``. Not safe for several threads at once."""
@@ -107,7 +110,7 @@ class LinkReconciler:
         try:
             if self._kernel is None:
                 own = self._desired.own_links if target is self._desired else ()
-                self._remember(self._port.observe(own, self._used))
+                self._remember(self._with_checksums(self._port.observe(own, self._used), target))
             assert self._kernel is not None
             changes = diff_links(target, self._kernel)
             refused = self._apply(changes)
@@ -137,6 +140,17 @@ class LinkReconciler:
         self._kernel = state
         self._index = index(state)
 
+    def _with_checksums(self, found: LinkState, target: LinkState) -> LinkState:
+        """Look at the checksums of those links of which it is said how they should be."""
+        asked = {link.name for link in target.links if link.tx_checksum is not None}
+        if not asked:
+            return found
+        links = [self._looked_at(link) if link.name in asked else link for link in found.links]
+        return msgspec.structs.replace(found, links=tuple(links))
+
+    def _looked_at(self, link: Link) -> Link:
+        return msgspec.structs.replace(link, tx_checksum=self._port.tx_checksum(link.name))
+
     def _is_drift(self, event: LinkEvent) -> bool:
         """Whether an event tells of something other than what is remembered."""
         obj = event.obj
@@ -145,6 +159,8 @@ class LinkReconciler:
             # IPv4 routes vanish with their link going down, without an event of their own (fib_frontend.c).
             return event.gone or not obj.up
         known = self._index.get(key_of(obj))
+        if isinstance(obj, Link) and isinstance(known, Link) and known.tx_checksum is not None and not event.gone:
+            obj = self._looked_at(obj)
         if event.gone:
             return known == obj or (isinstance(obj, Link) and known is not None)
         if known is not None:

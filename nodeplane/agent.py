@@ -249,17 +249,19 @@ class Agent:
         update, desired = self._update, self.desired
         assert update is not None
         assert desired is not None
-        before = self.status
+        before, lease = self.status, self._facts.lease
+        problems = (*desired.problems, *(lease.problems if lease is not None else ()))
         object_errors = tuple(str(e) for e in update.errors)
         for level, old, new in (
             (logging.ERROR, before.errors, errors),
             (logging.WARNING, before.object_errors, object_errors),
-            (logging.WARNING, before.problems, desired.problems),
+            (logging.WARNING, before.problems, problems),
         ):
             for line in new:
                 if line not in old:
                     log.log(level, "%s", line)
-        pending = self.kernel.dirty
+        # Without members there is nothing of the overlay to be dirty: that is not the same as being in sync.
+        pending = (*self.kernel.dirty, *(("lease",) if lease is not None and self._facts.members is None else ()))
         self.status = msgspec.structs.replace(
             before,
             synced=not pending and not errors,
@@ -273,11 +275,13 @@ class Agent:
             elements=desired.services.elements,
             servers=len(desired.services.servers),
             families=desired.families,
+            finished=tuple(link.name for link in desired.links.links if link.tx_checksum is False) if desired.links else (),
             peers=_peers(desired),
             pending=pending,
             errors=errors,
             object_errors=object_errors,
-            problems=desired.problems,
+            problems=problems,
+            lease=lease,
         )
         self.publish(self.status)
 

@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kernelstate.errors import KernelStateError
+from kernelstate.linux.forwarder import LinuxForwarder
 from kernelstate.linux.iptables import IptablesPort, families, is_available
 from kernelstate.linux.links import LinuxLinks
 from kernelstate.ports import Reconciler
 from kernelstate.reconcile import NetfilterReconciler
+from kernelstate.reconcile_forwarder import ForwarderReconciler
 from kernelstate.reconcile_links import LinkReconciler
 from nodeplane.commands import Failed
-from nodeplane.host_kernel import VARIANTS, other_modes, overlay_tables
+from nodeplane.host_kernel import FORWARDER, VARIANTS, other_modes, overlay_tables
+from nodeplane.lease_store import STATE_FILE as LEASE_FILE
 from nodeplane.pipeline import OWNERSHIP
 from nodeplane.status import LOCK_FILE, STATUS_FILE, AlreadyRunningError, read_status, take_lock
 
@@ -43,10 +46,11 @@ def run(_args: argparse.Namespace) -> int:
         SUBNET_FILE.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             SUBNET_FILE.parent.rmdir()
-    STATUS_FILE.unlink(missing_ok=True)
-    LOCK_FILE.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        LOCK_FILE.parent.rmdir()
+    # The key in etcd is the cluster's: it ends by itself, and until then keeps the subnet for this node.
+    for file in (LEASE_FILE, STATUS_FILE, LOCK_FILE):
+        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.parent.rmdir()
     if errors:
         raise Failed("; ".join(errors))
     return 0
@@ -59,4 +63,5 @@ def _reconcilers() -> Iterator[Reconciler]:
             yield NetfilterReconciler(IptablesPort(variant), OWNERSHIP, families())
     yield from other_modes("", None)
     yield overlay_tables()
+    yield ForwarderReconciler(LinuxForwarder(FORWARDER))
     yield LinkReconciler(LinuxLinks())

@@ -20,6 +20,8 @@ import msgspec
 from kernelstate.objects.address import IPAddress, Prefix
 from nodeplane.config_fields import ConfigError, Strict, decode_section, prefix_at, seconds_at
 from overlay.netconf import NetConf, NetConfError, SubnetRange, parse_net_conf
+from overlay.registry.subnets import pools_of
+from overlay.render.checksums import ChecksumOffload
 
 
 class EtcdOptions(msgspec.Struct, frozen=True):
@@ -50,21 +52,31 @@ class OverlayOptions(msgspec.Struct, frozen=True):
     subnet_file: str = "/run/flannel/subnet.env"
     source_check: bool = True
     """Whether packets from other nodes are dropped unless their source is a pod of the node that sent them."""
+    checksum_offload: ChecksumOffload = "auto"
+    """Whether checksums of what enters a vxlan tunnel are left to the uplink's hardware."""
     public_ips: tuple[IPAddress, ...] = ()
     """What others are told to be this node's address, at most one of each family; none: the uplink's own."""
     etcd: EtcdOptions | None = None
     """Where the nodes' leases are; None: Node objects say who is in the overlay."""
+    network_in_etcd: bool = False
+    """Whether etcd says what net-conf is, and the file nothing. As long as nobody has asked, ``net_conf`` has no family."""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Fields that were stated and change nothing while Node objects say which subnet is whose; one line each."""
-        conf = self.net_conf
-        stated = [("SubnetLen/SubnetMin/SubnetMax", conf.subnets), ("IPv6SubnetLen/Min/Max", conf.ipv6_subnets)]
-        return tuple(
-            f"overlay.{names}: not used: each Node's spec.podCIDRs says its subnet"
-            for names, value in stated
-            if self.etcd is None and value != SubnetRange()
+        if self.etcd is not None:
+            return ()
+        conf, subnet, address = (
+            self.net_conf,
+            "spec.podCIDRs says its subnet",
+            "status.addresses or annotations say its address",
         )
+        stated = [
+            ("SubnetLen/SubnetMin/SubnetMax", subnet, conf.subnets != SubnetRange()),
+            ("IPv6SubnetLen/Min/Max", subnet, conf.ipv6_subnets != SubnetRange()),
+            ("publicIP/publicIPv6", address, bool(self.public_ips)),
+        ]
+        return tuple(f"overlay.{names}: not used: each Node's {where}" for names, where, is_stated in stated if is_stated)
 
 
 class _RegistryFields(Strict, frozen=True):
@@ -86,6 +98,7 @@ class _OverlayFields(Strict, frozen=True):
     forward_rules: bool = True
     subnet_file: str = "/run/flannel/subnet.env"
     source_check: bool = True
+    checksum_offload: ChecksumOffload = "auto"
     public_ip: str = msgspec.field(default="", name="publicIP")
     public_ipv6: str = msgspec.field(default="", name="publicIPv6")
     registry: _RegistryFields = _RegistryFields()
@@ -96,11 +109,9 @@ def read_overlay(raw: object) -> OverlayOptions:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"overlay: must be an object, is {raw!r}")
     ours = set(_OverlayFields.__struct_encode_fields__)
-    try:
-        net_conf = parse_net_conf({k: v for k, v in raw.items() if k not in ours})
-    except NetConfError as error:
-        raise ConfigError(f"overlay.{error}") from error
     options = decode_section({k: v for k, v in raw.items() if k in ours}, _OverlayFields, "overlay")
+    etcd = _etcd(options.registry)
+    net_conf = _net_conf({k: v for k, v in raw.items() if k not in ours}, in_etcd=etcd is not None)
     return OverlayOptions(
         net_conf=net_conf,
         iface=options.iface,
@@ -109,9 +120,25 @@ def read_overlay(raw: object) -> OverlayOptions:
         forward_rules=options.forward_rules,
         subnet_file=options.subnet_file,
         source_check=options.source_check,
+        checksum_offload=options.checksum_offload,
         public_ips=_public_ips(options),
-        etcd=_etcd(options.registry),
+        etcd=etcd,
+        network_in_etcd=etcd is not None and not net_conf.families,
     )
+
+
+def _net_conf(stated: Mapping[str, object], *, in_etcd: bool) -> NetConf:
+    """Read net-conf; with leases in etcd it may be there as well, and then all of it."""
+    if in_etcd and not stated:
+        return NetConf(None)
+    try:
+        net_conf = parse_net_conf(stated)
+        if in_etcd:
+            pools_of(net_conf)
+    except NetConfError as error:
+        hint = "; or leave out all of net-conf, and etcd says it" if in_etcd and error.path == "Network" else ""
+        raise ConfigError(f"overlay.{error}{hint}") from error
+    return net_conf
 
 
 def _public_ips(options: _OverlayFields) -> tuple[IPAddress, ...]:

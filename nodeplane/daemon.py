@@ -2,7 +2,7 @@
 
 SIGHUP makes it read its configuration again: if that is right the process starts anew in its place (same pid), compares the
 kernel with what it now wants, and writes the difference; if it is wrong it says so and goes on. So a node changes its mode
-without a moment in which nobody answers.
+without a moment in which nobody answers. The same happens when etcd says what the network is only after the agent has started.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from nodeplane.flows import FlowKeeper
 from nodeplane.health import HealthServers
 from nodeplane.host import LinuxHost
 from nodeplane.host_kernel import host_kernel
+from nodeplane.lease_keeper import LeaseKeeper
+from nodeplane.network_config import with_network
 from nodeplane.pipeline import Pipeline
 from nodeplane.status import AlreadyRunningError, Status, take_lock, write_status
 
@@ -72,25 +74,36 @@ def _follow(config: NodeConfig, source: FileSource, first: Update, args: argpars
     signal.set_wakeup_fd(wake_write)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, note)
-    agent = build_agent(config, source, expected_chains(first))
-    agent.start(first)
-    while True:
-        agent.run(lambda: bool(caught), wake_read)
-        if set(caught) != {signal.SIGHUP}:
-            return
-        caught.clear()
-        agent.refuse(_start_anew(args))
+    config = with_network(config)
+    keeper = LeaseKeeper(config.overlay, config.node_name) if config.overlay and config.overlay.etcd else None
+    agent = build_agent(config, source, expected_chains(first), keeper)
+    if keeper is not None:
+        keeper.start()
+    try:
+        agent.start(first)
+        agent.run(lambda: bool(caught) or _is_network_found(keeper), wake_read)
+        while not set(caught) - {signal.SIGHUP}:
+            agent.refuse(_start_anew(args, "SIGHUP" if caught else "etcd says a network"))
+            caught.clear()
+            agent.run(lambda: bool(caught), wake_read)
+    finally:
+        if keeper is not None:
+            keeper.stop()
 
 
-def _start_anew(args: argparse.Namespace) -> str:  # noqa: RET503  (exec does not return)
+def _is_network_found(keeper: LeaseKeeper | None) -> bool:
+    return keeper is not None and keeper.state.network_found
+
+
+def _start_anew(args: argparse.Namespace, why: str) -> str:  # noqa: RET503  (exec does not return)
     """Replace this process by one that reads the configuration again; returns only if that cannot work, and says why."""
     try:
         config = load_config(args.config, args.node or "")
         host_kernel(config, 0)
     except (ConfigError, KernelStateError) as error:
-        log.error("SIGHUP: %s: going on as before", error)  # noqa: TRY400 (one line for people, no traceback)
+        log.error("%s: %s: going on as before", why, error)  # noqa: TRY400 (one line for people, no traceback)
         return str(error)
-    log.info("SIGHUP: starting anew, Services in %s", config.mode)
+    log.info("%s: starting anew, Services in %s", why, config.mode)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # stays ignored over the exec until the new program listens
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  (the very program that runs)
@@ -102,7 +115,7 @@ def expected_chains(update: Update) -> int:
     return len(update.snapshot.services) + sum(len(one.endpoints) for group in slices for one in group.values())
 
 
-def build_agent(config: NodeConfig, source: FileSource, chains: int) -> Agent:
+def build_agent(config: NodeConfig, source: FileSource, chains: int, keeper: LeaseKeeper | None = None) -> Agent:
     """Wire the parts for the current network namespace, in which about ``chains`` chains are going to be."""
     for note in config.notes:
         log.info("%s", note)
@@ -110,6 +123,8 @@ def build_agent(config: NodeConfig, source: FileSource, chains: int) -> Agent:
     variant, reason = host.iptables_variant, host.iptables_reason
     log.info("node %s: Services in %s; iptables-%s (%s)", config.node_name, config.mode, variant, reason)
     overlay = config.overlay
+    if host.engine is not None:
+        log.info("overlay udp: packets are wrapped by the %s engine (%s)", host.engine.engine, host.engine.reason)
     status = Status(
         pid=os.getpid(),
         node=config.node_name,
@@ -118,11 +133,13 @@ def build_agent(config: NodeConfig, source: FileSource, chains: int) -> Agent:
         iptables_reason=reason,
         started=time.time(),
         overlay=overlay.net_conf.backend.type if overlay else "",
+        engine=host.engine.engine if host.engine else "",
+        engine_reason=host.engine.reason if host.engine else "",
     )
     agent = Agent(
         pipeline=Pipeline(config),
         source=source,
-        host=LinuxHost(config),
+        host=LinuxHost(config, keeper),
         kernel=host.kernel,
         flows=FlowKeeper(Conntrack(), config.services) if config.services else None,
         publish=write_status,

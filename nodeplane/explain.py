@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from kernelstate.simulate import Path as WalkedPath
 from kernelstate.simulate_ipvs import IpvsSimulator
 from kernelstate.simulate_nftables import NftablesSimulator
 from nodeplane.commands import Failed, Usage
+from nodeplane.explain_path import Journey, journey
 from nodeplane.objects_input import NodeView, read_view
-from overlay.oracle import path_of
 from proxy.modes import TRAITS
 from proxy.oracle import Flow, Judgement, Oracle, Outcome, parse_backend, print_backend
 from proxy.render.iptables import NODE_PORTS
@@ -85,7 +85,8 @@ class Explainer:
         verdict = min(o.verdict for o in judgement.outcomes)
         endpoints = sorted(o.backend for o in judgement.outcomes if o.backend)
         destinations = [parse_backend(e)[0] for e in endpoints] or [question.destination]
-        paths = [self._path(d) for d in destinations]
+        journeys = [None if self._is_here(d) else journey(self.view.desired, d) for d in destinations]
+        paths = [self._path(d, one) for d, one in zip(destinations, journeys, strict=True)]
         return {
             "service": {
                 "verdict": verdict,
@@ -96,8 +97,8 @@ class Explainer:
             "path": paths[0],
             "paths": dict(zip(endpoints, paths, strict=False)),
             "masqueraded": sorted(o.backend for o in judgement.outcomes if o.masquerade),
-            "agree": simulated == judgement.outcomes,
-            "steps": _steps(judgement, walked, simulated),
+            "agree": simulated == judgement.outcomes and all(one is None or one.agree for one in journeys),
+            "steps": _steps(judgement, walked, simulated) + _journey_steps(destinations, journeys),
         }
 
     def _kind(self, source: IPAddress) -> str:
@@ -112,13 +113,15 @@ class Explainer:
             return settings.bridge_interface or (settings.interface_name_prefix and settings.interface_name_prefix + "0")
         return "" if kind == "node" else self.view.facts.uplink.name if self.view.facts.uplink else "eth0"
 
-    def _path(self, destination: IPAddress) -> dict[str, Any]:
-        """Say where a packet to an address goes after translation."""
-        if destination in self.local or destination.is_loopback:
+    def _is_here(self, destination: IPAddress) -> bool:
+        return destination in self.local or destination.is_loopback
+
+    def _path(self, destination: IPAddress, found: Journey | None) -> dict[str, Any]:
+        """Say where a packet to an address goes after translation; ``found`` is what the overlay does with it."""
+        if self._is_here(destination):
             return {"kind": "node", "peer": None}
-        if self.view.desired.peers is not None:
-            found = path_of(self.view.desired.peers, destination)
-            return {"kind": found.kind, "peer": found.peer}
+        if found is not None:
+            return {"kind": found.path.kind, "peer": found.path.peer}
         own = self.view.snapshot.nodes.get(self.view.config.node_name)
         if own is not None and any(destination in c for c in own.pod_cidrs):
             return {"kind": "local", "peer": None}
@@ -275,6 +278,17 @@ def _steps(judgement: Judgement, walked: tuple[WalkedPath, ...], simulated: froz
         steps += [f"  {step}" for step in path.steps]
     if simulated != judgement.outcomes:
         steps.append(f"DISAGREE: oracle {sorted(judgement.outcomes)}, rules {sorted(simulated)}")
+    return steps
+
+
+def _journey_steps(destinations: Sequence[IPAddress], journeys: Sequence[Journey | None]) -> list[str]:
+    """Say how each destination is reached, as far as the overlay has to do with it."""
+    steps = []
+    for destination, found in zip(destinations, journeys, strict=True):
+        if found is not None:
+            steps.append(f"to {destination}: {found}")
+        if found is not None and not found.agree:
+            steps.append(f"DISAGREE: oracle {found.path.kind} to {found.path.peer}, routes and tunnels {found.leaving}")
     return steps
 
 

@@ -15,15 +15,19 @@ from kernelstate.diff_ipvs import IpvsOwnership
 from kernelstate.errors import MissingFeatureError
 from kernelstate.features import Feature
 from kernelstate.linux.addresses import Addresses
+from kernelstate.linux.forwarder import LinuxForwarder
 from kernelstate.linux.iptables import IptablesPort, Variant, choose_variant, families, is_available
 from kernelstate.linux.links import LinuxLinks
 from kernelstate.ownership import Ownership
 from kernelstate.ports import Reconciler
 from kernelstate.reconcile import NetfilterReconciler
+from kernelstate.reconcile_forwarder import ForwarderReconciler
 from kernelstate.reconcile_links import LinkReconciler
 from nodeplane.config import NodeConfig
 from nodeplane.kernel import IpvsParts, NodeKernel
 from nodeplane.pipeline import OWNERSHIP
+from nodeplane.tunnel_engine import Choice, choose_engine
+from overlay.netconf import UdpBackend
 from overlay.render.masquerade_nftables import NAMES
 from proxy.render.ipvs_program import LINK
 from proxy.settings import ProxySettings
@@ -31,6 +35,9 @@ from proxy.settings import ProxySettings
 if TYPE_CHECKING:
     from kernelstate.reconcile_nftables import NftablesReconciler
 
+FORWARDER = Path(__file__).resolve().parent.parent / "packetpath/built/nodeplane-udp"
+"""The forwarder as it was built at installation."""
+NO_PROGRAMS = "this version brings no programs for the kernel"
 VARIANTS: tuple[Variant, ...] = ("legacy", "nft")
 
 
@@ -42,18 +49,26 @@ class HostKernel(msgspec.Struct, frozen=True):
     iptables_reason: str
     watched: tuple[int, ...]
     """Descriptors that become readable when a part may have drifted."""
+    engine: Choice | None = None
+    """Who wraps packets in UDP; None for other backends."""
 
 
-def host_kernel(config: NodeConfig, chains: int) -> HostKernel:
+def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | None = None) -> HostKernel:
     """Put together the parts for the current network namespace, in which about ``chains`` iptables chains will be.
 
-    Raises MissingFeatureError when the kernel lacks what the mode needs.
+    ``forwarder`` None: the one that was installed with us, its socket where the others of the node are. Raises MissingFeatureError when the kernel lacks what the mode needs.
     """
     variant, reason = _variant(config, chains)
     links = LinuxLinks() if config.overlay else None
     nftables = _nftables() if config.mode == "nftables" else None
     tables = overlay_tables() if config.overlay and config.overlay.net_conf.nftables else None
-    watched = [part.fileno() for part in (links, nftables, tables) if part is not None]
+    forwarder = forwarder or LinuxForwarder(FORWARDER)
+    # As long as etcd has not said what the network is, nobody knows which of these an earlier agent needed.
+    is_known = config.overlay is None or bool(config.overlay.net_conf.families)
+    backend = config.overlay.net_conf.backend if config.overlay else None
+    engine = choose_engine(backend.engine, NO_PROGRAMS) if isinstance(backend, UdpBackend) else None
+    has_udp = engine is not None
+    watched = [part.fileno() for part in (links, nftables, tables, forwarder if has_udp else None) if part is not None]
     ipvs = None
     if config.mode == "ipvs":
         ipvs, descriptor = _ipvs(config.services or ProxySettings())
@@ -61,6 +76,7 @@ def host_kernel(config: NodeConfig, chains: int) -> HostKernel:
     kernel = NodeKernel(
         NetfilterReconciler(IptablesPort(variant), OWNERSHIP),
         links=LinkReconciler(links) if links else None,
+        forwarder=ForwarderReconciler(forwarder) if has_udp else None,
         overlay_tables=tables,
         nftables=nftables,
         ipvs=ipvs,
@@ -68,10 +84,11 @@ def host_kernel(config: NodeConfig, chains: int) -> HostKernel:
         retired=[
             *_other_variants(variant),
             *other_modes(config.mode, config.services),
-            *([overlay_tables()] if config.overlay and tables is None else []),
+            *([overlay_tables()] if is_known and tables is None else []),
+            *([ForwarderReconciler(forwarder)] if is_known and not has_udp else []),
         ],
     )
-    return HostKernel(kernel, variant, reason, tuple(watched))
+    return HostKernel(kernel, variant, reason, tuple(watched), engine)
 
 
 def _variant(config: NodeConfig, chains: int) -> tuple[Variant, str]:

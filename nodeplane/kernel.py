@@ -2,9 +2,11 @@
 
 Whoever is asked first must be there first: tables and servers before the rules that lead to them.
 
-    mode iptables    links, packet filter
-    mode nftables    links, nftables, packet filter
-    mode ipvs        links, sets, virtual servers, addresses of kube-ipvs0, packet filter
+    mode iptables    links, tunnel, packet filter
+    mode nftables    links, tunnel, nftables, packet filter
+    mode ipvs        links, tunnel, sets, virtual servers, addresses of kube-ipvs0, packet filter
+
+The tunnel is what stands behind and beside the links: the forwarder behind a TUN.
 
 ``retired`` are the parts that only other modes use. They are emptied once this mode is in place, so that a node which changes
 its mode answers all the time, and nothing of the old mode is left.
@@ -20,6 +22,7 @@ from kernelstate.errors import KernelStateError
 from kernelstate.objects.address import Family
 from kernelstate.ports import Reconciler, SyncReport
 from kernelstate.reconcile import NetfilterReconciler
+from kernelstate.reconcile_forwarder import ForwarderReconciler
 from kernelstate.reconcile_links import LinkReconciler
 from nodeplane.pipeline import Desired
 from nodeplane.service_programs import ServiceChange, ServiceState
@@ -53,6 +56,7 @@ class NodeKernel:
         netfilter: NetfilterReconciler,
         *,
         links: LinkReconciler | None = None,
+        forwarder: ForwarderReconciler | None = None,
         overlay_tables: NftablesReconciler | None = None,
         nftables: NftablesReconciler | None = None,
         ipvs: IpvsParts | None = None,
@@ -60,7 +64,7 @@ class NodeKernel:
         retired: Sequence[Reconciler] = (),
     ) -> None:
         self.netfilter, self.links, self.nftables, self.ipvs = netfilter, links, nftables, ipvs
-        self.overlay_tables = overlay_tables
+        self.forwarder, self.overlay_tables = forwarder, overlay_tables
         self.families = tuple(families)
         """The families whose packet filter this kernel has."""
         self.retired = list(retired)
@@ -68,7 +72,8 @@ class NodeKernel:
     @property
     def parts(self) -> list[Reconciler]:
         """The parts in the order in which they are written."""
-        found: list[Reconciler | None] = [self.links, self.overlay_tables, self.nftables, *(self.ipvs or ()), self.netfilter]
+        overlay: list[Reconciler | None] = [self.links, self.forwarder, self.overlay_tables]
+        found: list[Reconciler | None] = [*overlay, self.nftables, *(self.ipvs or ()), self.netfilter]
         return [part for part in found if part is not None]
 
     def set_desired(self, desired: Desired) -> None:
@@ -83,6 +88,8 @@ class NodeKernel:
             self.ipvs.set_desired(desired.services, change, desired.ipvs_ownership)
         if self.links is not None and desired.links is not None:
             self.links.set_desired(desired.links)
+        if self.forwarder is not None and desired.tunnel is not None:
+            self.forwarder.set_desired(desired.tunnel.udp)
         if self.overlay_tables is not None:
             self.overlay_tables.set_desired(desired.overlay_tables)
 
@@ -117,7 +124,7 @@ class NodeKernel:
         return any(answers)
 
     def forget(self) -> None:
-        """Trust no memory of what only a full look shows: the next sync observes rules, tables, servers."""
-        for part in (self.netfilter, self.overlay_tables, self.nftables, *(self.ipvs or ())):
+        """Trust no memory of what only a full look shows: the next sync observes rules, tables, servers, the forwarder's peers."""
+        for part in (self.netfilter, self.forwarder, self.overlay_tables, self.nftables, *(self.ipvs or ())):
             if part is not None:
                 part.forget()

@@ -33,7 +33,7 @@ def add_lab_parser(subparsers: Any) -> None:
         "--objects", action="append", default=[], metavar="P", help="Kubernetes objects; may be given several times"
     )
     up.add_argument("--services", metavar="MODE", help="service mode: iptables, ipvs or nftables")
-    up.add_argument("--overlay", metavar="BACKEND", help="vxlan or host-gw")
+    up.add_argument("--overlay", metavar="BACKEND", help="vxlan, host-gw or udp")
     _timeout(up)
     status = _command(commands, "status", _status, "nodes, pods, Services and whether they are in sync")
     _output(status)

@@ -2,7 +2,7 @@
 
     Update --> ServiceCompiler --> the mode's program --.
        |                                                +--> Desired (rules, tables, servers, links, stale flows, problems)
-       '-----> compile_peers ----> vxlan, host-gw ------'
+       '-----> compile_peers ----> vxlan, host-gw, udp -'
 
 The agent feeds it updates and hands the result to reconcilers; ``render`` and ``explain`` use it once. It never meets the kernel:
 what the host contributes comes in as ``HostFacts``.
@@ -23,17 +23,22 @@ from kernelstate.objects.address import Family, Prefix
 from kernelstate.objects.links import LinkState
 from kernelstate.objects.netfilter import Anchor, ChainKey, Rule, Ruleset
 from kernelstate.objects.nftables import Table
+from kernelstate.objects.tunnel import TunnelState
 from kernelstate.ownership import Ownership
 from nodeplane.config import NodeConfig
 from nodeplane.config_overlay import OverlayOptions
 from nodeplane.service_programs import PROGRAMS, ServiceChange, ServiceProgram, ServiceState
+from nodeplane.status import LeaseStatus
 from overlay.compile import compile_peers
 from overlay.registration import Member
 from overlay.registry.nodes import read_nodes
+from overlay.render.checksums import set_checksums
+from overlay.render.guard import render_guard
 from overlay.render.hostgw import render_hostgw
 from overlay.render.masquerade import CHAIN_NAMES as OVERLAY_CHAINS
 from overlay.render.masquerade import render_masquerade
 from overlay.render.masquerade_nftables import render_masquerade_tables
+from overlay.render.udp import render_udp, render_udp_tunnel
 from overlay.render.vxlan import render_vxlan
 from overlay.table import PeerTable, Uplink
 from proxy.compile import BALANCE, ServiceCompiler
@@ -51,7 +56,11 @@ OWNERSHIP = Ownership(
 )
 """Which chains of the packet filter are ours, in whatever mode they were written."""
 
-_OVERLAY_RENDERERS: dict[str, Callable[[PeerTable], LinkState]] = {"vxlan": render_vxlan, "host-gw": render_hostgw}
+_OVERLAY_RENDERERS: dict[str, Callable[[PeerTable], LinkState]] = {
+    "vxlan": render_vxlan,
+    "host-gw": render_hostgw,
+    "udp": render_udp,
+}
 
 
 class HostFacts(msgspec.Struct, frozen=True):
@@ -59,8 +68,12 @@ class HostFacts(msgspec.Struct, frozen=True):
 
     local_addresses: tuple[Prefix, ...] = ()
     uplink: Uplink | None = None
+    unfit: frozenset[str] = frozenset()
+    """Links of tunnels whose checksums the uplink's hardware does not do right."""
     members: tuple[Member, ...] | None = None
     """Who is in the overlay by the leases in etcd; None: not known (yet)."""
+    lease: LeaseStatus | None = None
+    """This node's own lease, for people."""
 
 
 class Desired(msgspec.Struct, frozen=True):
@@ -79,6 +92,8 @@ class Desired(msgspec.Struct, frozen=True):
     """None: the overlay is somebody else's."""
     overlay_tables: Mapping[Family, Table]
     """The overlay's rules where they go through nftables."""
+    tunnel: TunnelState | None
+    """What stands behind or beside the links: the UDP tunnel and the source guard. None: nothing is known of peers yet."""
     peers: PeerTable | None
     stale: StaleFlows
     problems: tuple[str, ...]
@@ -117,6 +132,7 @@ class Pipeline:
         self._service_families: Counter[Family] = Counter()
         self._overlay_input: object = None
         self._links: LinkState | None = None
+        self._tunnel: TunnelState | None = None
         self._started = False
 
     def update(self, update: Update, facts: HostFacts) -> Desired:
@@ -142,6 +158,7 @@ class Pipeline:
             service_change=change,
             links=self._links,
             overlay_tables=self._overlay_tables,
+            tunnel=self._tunnel,
             peers=self.peers,
             stale=stale,
             problems=self._problems(update.snapshot),
@@ -213,7 +230,7 @@ class Pipeline:
 
     def _update_overlay(self, options: OverlayOptions, snapshot: Snapshot, facts: HostFacts) -> bool:
         """Compile and render peers if nodes or the uplink changed; return whether netfilter rules changed."""
-        inputs = (snapshot.nodes if options.etcd is None else facts.members, facts.uplink)
+        inputs = (snapshot.nodes if options.etcd is None else facts.members, facts.uplink, facts.unfit)
         if inputs == self._overlay_input:
             return False
         self._overlay_input = inputs
@@ -224,7 +241,10 @@ class Pipeline:
         if options.etcd is None:
             members = read_nodes(snapshot.nodes, self.config.node_name, options.net_conf)
         self.peers = compile_peers(members, self.config.node_name, options.net_conf, facts.uplink)
-        self._links = _OVERLAY_RENDERERS[options.net_conf.backend.type](self.peers)
+        links = _OVERLAY_RENDERERS[options.net_conf.backend.type](self.peers)
+        self._links = set_checksums(links, options.checksum_offload, facts.unfit)
+        guard = render_guard(self.peers) if options.source_check else None
+        self._tunnel = TunnelState(render_udp_tunnel(self.peers), guard)
         return self._render_masquerade(options, self.peers)
 
     def _render_masquerade(self, options: OverlayOptions, peers: PeerTable) -> bool:
@@ -261,7 +281,8 @@ class Pipeline:
 
     def _problems(self, snapshot: Snapshot) -> tuple[str, ...]:
         found = list(self.compiler.problems)
-        if self.config.node_name not in snapshot.nodes:
+        needs_nodes = self.settings is not None or (self.config.overlay is not None and self.config.overlay.etcd is None)
+        if needs_nodes and self.config.node_name not in snapshot.nodes:
             found.append(f"Node {self.config.node_name} is not among the objects: its zone, addresses and podCIDRs are unknown")
         if self.program is not None:
             found += self.program.problems

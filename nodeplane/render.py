@@ -12,6 +12,7 @@ from kernelstate.text.ipset_save import print_sets
 from kernelstate.text.iptables_save import print_ruleset
 from kernelstate.text.ipvsadm import print_servers
 from kernelstate.text.nft import print_table
+from kernelstate.text.udp_tunnel import print_tunnel
 from nodeplane.commands import Usage
 from nodeplane.objects_input import NodeView, read_view
 from overlay.render.masquerade_nftables import NAMES
@@ -69,14 +70,21 @@ def _sections(texts: list[tuple[str, str]]) -> str:
 
 
 def render_overlay_text(view: NodeView) -> str:
-    """Return the overlay's links, routes, neighbours and FDB entries as input for ip and bridge, then rules that are its own."""
+    """Return the overlay's links, routes, neighbours and FDB entries as input for ip and bridge, then what else it needs.
+
+    That is the forwarder's table for a UDP tunnel, and rules where they are the overlay's own.
+    """
     if view.config.overlay is None:
         raise Usage("--part overlay: the configuration has no overlay; give one with --config")
     if view.desired.links is None:
+        if view.config.overlay.etcd is not None:
+            raise Usage("--part overlay: the nodes' leases are in etcd, which only the agent asks; no object states them")
         raise Usage(f"--part overlay: Node {view.config.node_name} has no address among the objects")
     tables, names = view.desired.overlay_tables, NAMES
     rules = "".join(print_table(TableKey(f, names[f]), tables[f]) for f in sorted(tables))
-    return print_links(view.desired.links) + (f"{NFT_HEADER}\n{rules}" if rules else "")
+    udp = view.desired.tunnel.udp if view.desired.tunnel else None
+    text = print_links(view.desired.links) + (print_tunnel(udp) if udp else "")
+    return text + (f"{NFT_HEADER}\n{rules}" if rules else "")
 
 
 def _families(view: NodeView, stated: str | None) -> tuple[Family, ...]:

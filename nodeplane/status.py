@@ -28,6 +28,21 @@ class PeerStatus(msgspec.Struct, frozen=True):
     why: str
 
 
+class LeaseStatus(msgspec.Struct, frozen=True):
+    """This node's lease in etcd, and how etcd is. Times are seconds since the epoch."""
+
+    subnets: tuple[str, ...] = ()
+    """None yet: empty."""
+    until: float = 0.0
+    """When it ends unless it is renewed; 0: never, it is a reservation."""
+    endpoint: str = ""
+    lost_since: float = 0.0
+    """Since when etcd has not answered; 0: it does."""
+    error: str = ""
+    """Why etcd does not answer, or why there is no lease."""
+    problems: tuple[str, ...] = ()
+
+
 class Status(msgspec.Struct, frozen=True):
     """The agent's state after its last round. Times are seconds since the epoch."""
 
@@ -53,7 +68,14 @@ class Status(msgspec.Struct, frozen=True):
     """Virtual servers of IPVS."""
     families: tuple[int, ...] = ()
     overlay: str = ""
+    engine: str = ""
+    """Who wraps packets of backend udp: userspace or kernel."""
+    engine_reason: str = ""
+    finished: tuple[str, ...] = ()
+    """Links for which checksums are finished before, by the configuration or because hardware would do them wrong."""
     peers: tuple[PeerStatus, ...] = ()
+    lease: LeaseStatus | None = None
+    """None where Node objects say each node's subnet."""
     refused: str = ""
     """Why the last new configuration was not taken; empty if there was none, or it was."""
     refused_at: float = 0.0
@@ -116,6 +138,21 @@ def _written(status: Status) -> str:
     return ", ".join([*parts, f"{status.rules} iptables rules in {status.chains} chains"])
 
 
+def _lease_lines(lease: LeaseStatus) -> list[str]:
+    """Say what this node holds and whether etcd is there."""
+    if not lease.subnets:
+        held = "none yet"
+    elif not lease.until:
+        held = f"{', '.join(lease.subnets)}, reserved"
+    else:
+        held = f"{', '.join(lease.subnets)}, until {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(lease.until))}"
+    state = f"answers at {lease.endpoint}"
+    if lease.lost_since:
+        state = f"LOST {time.time() - lease.lost_since:.0f} s ago (what was last known is kept)"
+    lines = [f"lease     {held}", f"etcd      {state}"]
+    return [*lines, f"          {lease.error}"] if lease.error else lines
+
+
 def status_lines(status: Status, *, running: bool) -> list[str]:
     """Return the status as a person reads it."""
     variant = f" (iptables-{status.iptables_variant}: {status.iptables_reason})" if status.iptables_variant else ""
@@ -127,8 +164,13 @@ def status_lines(status: Status, *, running: bool) -> list[str]:
         f"state     {state}, last written {time.time() - status.last_sync:.0f} s ago",
     ]
     if status.overlay:
-        lines.append(f"overlay   {status.overlay}, {len(status.peers)} peers")
+        engine = f", {status.engine} engine ({status.engine_reason})" if status.engine else ""
+        lines.append(f"overlay   {status.overlay}{engine}, {len(status.peers)} peers")
         lines += [f"          {p.node}: {', '.join(p.pod_cidrs)} at {p.public_ip}, {p.reach} ({p.why})" for p in status.peers]
+    if status.finished:
+        lines.append(f"          tx-checksum is off on {', '.join(status.finished)}")
+    if status.lease is not None:
+        lines += _lease_lines(status.lease)
     for title, items in (
         ("refused", (status.refused,) if status.refused else ()),
         ("pending", status.pending),

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from kernelstate.diff_links import LinkChange
+from kernelstate.linux import ethtool
 from kernelstate.linux import link_codec as codec
 from kernelstate.linux.link_events import ALL_GROUPS, EventSocket
 from kernelstate.linux.rtnetlink import Answer, Message, Request, RouteSocket, number
@@ -146,11 +147,20 @@ class LinuxLinks:
         refused = _write_accept_ra(link)
         if before is None:
             # A vxlan link is made with its MTU, a TUN with the kernel's 1500.
-            before = msgspec.structs.replace(link, alias="", up=False, mtu=0 if isinstance(link.kind, Tun) else link.mtu)
-        return refused or self._one(codec.set_link(link, before, index))
+            before = msgspec.structs.replace(
+                link, alias="", up=False, mtu=0 if isinstance(link.kind, Tun) else link.mtu, tx_checksum=None
+            )
+        return refused or self._one(codec.set_link(link, before, index)) or _write_checksum(link, before)
 
     def _one(self, request: Request) -> str:
         return _judged(request, self._socket.execute([request])[0])
+
+    def tx_checksum(self, link: str) -> bool | None:
+        """Return whether checksums are left to a link; None if there is none."""
+        try:
+            return ethtool.tx_checksum(link)
+        except OSError:
+            return None
 
     # -- events ------------------------------------------------------------------------------------------------------
 
@@ -252,4 +262,14 @@ def _write_accept_ra(link: Link) -> str:
             file.write_text("1" if link.accept_ra else "0")
     except OSError as error:
         return f"accept_ra: {error.strerror}"
+    return ""
+
+
+def _write_checksum(link: Link, before: Link) -> str:
+    if link.tx_checksum is None or link.tx_checksum == before.tx_checksum:
+        return ""
+    try:
+        ethtool.switch(link.name, ethtool.SET_TX_CHECKSUM, on=link.tx_checksum)
+    except OSError as error:
+        return f"tx-checksum: {error.strerror}"
     return ""

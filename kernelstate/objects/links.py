@@ -79,6 +79,8 @@ class Link(msgspec.Struct, frozen=True):
     up: bool = True
     accept_ra: bool = False
     """Whether router advertisements are believed: whoever can send one through a tunnel could set routes here."""
+    tx_checksum: bool | None = None
+    """Whether checksums are left to what carries the packets, or (False) finished before; None: as it is."""
 
     def __str__(self) -> str:
         address = f" address {self.mac}" if self.mac else ""

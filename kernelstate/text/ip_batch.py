@@ -25,6 +25,8 @@ def print_links(state: LinkState) -> str:
             ip += [f"tuntap add dev {link.name} mode tun multi_queue vnet_hdr", f"link set dev {link.name} mtu {link.mtu}"]
         else:
             ip.append(f"link add name {link}")
+        if link.tx_checksum is not None:
+            ip.append(f"# ethtool -K {link.name} tx {'on' if link.tx_checksum else 'off'}")
         ip.append(f"link set dev {link.name} alias {link.alias} {'up' if link.up else 'down'}")
     # The kernel probes for duplicates of IPv6 addresses for a second or more; nobody else can have these.
     ip += [f"address replace {a}{' nodad' if a.address.version == 6 else ''}" for a in state.addresses]

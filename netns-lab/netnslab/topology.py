@@ -11,7 +11,7 @@
     mode = "iptables"
 
     [overlay]
-    backend = "vxlan"                           # or "host-gw"; options = {...} are further fields of flannel's Backend
+    backend = "vxlan"                           # or "host-gw", "udp"; options = {...} are further fields of flannel's Backend
 
     [[segments]]                                # one L2 domain each; a router joins them
     name    = "lan"

@@ -18,7 +18,7 @@ Decides what is connected to what. Routes and tunnels between nodes are the agen
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,14 @@ from netnslab import names
 from netnslab.errors import LabError
 from netnslab.state import LabPod, LabState
 from netnslab.topology import EXTERNAL_HOST, ROUTER_HOST, Segment, host_address
+from overlay.mtu import UDP_OVERHEAD, VXLAN_OVERHEAD
 
 GATEWAY = {4: "169.254.1.1", 6: "fe80::1"}
 DEFAULT_ROUTE = {4: "0.0.0.0/0", 6: "::/0"}
 FULL = {4: 32, 6: 128}
 NUD_PERMANENT, SCOPE_LINK, IFA_F_NODAD = 0x80, 253, 0x02
-OVERHEAD = {"vxlan": 50, "host-gw": 0}
-"""Bytes a backend puts around each packet; an agent that wrote subnet.env knows better."""
+OVERHEAD: Mapping[str, Mapping[int, int]] = {"vxlan": VXLAN_OVERHEAD, "udp": UDP_OVERHEAD}
+"""Bytes a backend puts around each packet, by family; an agent that wrote subnet.env knows better."""
 
 
 def _in(namespace: str, function: Callable[[Any], None]) -> None:
@@ -165,7 +166,8 @@ def pod_mtu(state: LabState, node: str) -> int:
             if key == "FLANNEL_MTU" and value.isdigit():
                 return int(value)
     segment = next(s for n in state.topology.nodes if n.name == node for s in [state.topology.segment(n.segment)])
-    return segment.mtu - OVERHEAD.get(state.topology.overlay.backend, 0)
+    overhead = OVERHEAD.get(state.topology.overlay.backend, {})
+    return segment.mtu - max(overhead.get(family, 0) for family in state.topology.families)
 
 
 def make_pods(state: LabState, pods: Sequence[LabPod]) -> None:

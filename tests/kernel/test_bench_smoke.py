@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from bench import drift_repair, lab_up, packet_cost, services_change, services_full
+from bench import drift_repair, ipvs_in_vm, lab_up, packet_cost, services_change, services_full
 from bench.run import BENCHMARKS, run
 from kernelstate.linux import netns
 
@@ -20,6 +20,7 @@ TINY = {
     "lab-up": (lab_up, {"sizes": ((2, 2),)}, None),
     "drift-repair": (drift_repair, {"repeats": 1}, 4),
     "packet-cost": (packet_cost, {"rounds": 1, "budget": 1.0}, 4),
+    "ipvs-in-vm": (ipvs_in_vm, {"rounds": 1, "packets": 64, "native": True}, 4),  # its virtual machine takes a minute
 }
 
 

@@ -13,9 +13,11 @@ from clusterstate.snapshot import Snapshot
 from kernelstate.diff_links import diff_links, index, key_of
 from kernelstate.objects.links import LinkState, Uplink
 from kernelstate.simulate_links import Leaving, simulate_links
-from overlay.netconf import NetConf
+from overlay.netconf import NetConf, UdpBackend, VxlanBackend
 from overlay.oracle import Path, path_of
+from overlay.render.guard import render_guard
 from overlay.render.hostgw import render_hostgw
+from overlay.render.udp import LINK, render_udp, render_udp_tunnel
 from overlay.render.vxlan import render_vxlan
 from overlay.table import PeerTable
 
@@ -34,28 +36,55 @@ def seen_from(cluster: Cluster, name: str) -> PeerTable:
     return compile_nodes(snapshot, name, conf, Uplink("eth0", addresses))
 
 
+RENDER = {"vxlan": render_vxlan, "host-gw": render_hostgw, "udp": render_udp}
+
+
 def rendered(table: PeerTable) -> LinkState:
-    return render_vxlan(table) if table.net_conf.backend.type == "vxlan" else render_hostgw(table)
+    return RENDER[table.net_conf.backend.type](table)
 
 
 def expected(table: PeerTable, path: Path) -> Leaving | None:
     """Translate the oracle's answer: which next hop, and through which link."""
-    if path.kind not in {"vxlan", "host-gw"}:
+    if path.kind not in {"vxlan", "host-gw", "udp"}:
         return None
     (peer,) = [p for p in table.peers if p.node == path.peer]
     (way,) = [w for w in peer.ways if path.why.startswith(f"inside {w.pod_cidr} ")]
-    tunnel = path.kind == "vxlan"
-    link = table.net_conf.backend.link_name(way.family) if tunnel else "eth0"  # type: ignore[union-attr]
-    return Leaving(link, way.public_ip, tunnel=tunnel)
+    backend = table.net_conf.backend
+    link = backend.link_name(way.family) if isinstance(backend, VxlanBackend) and path.kind == "vxlan" else "eth0"
+    return Leaving(LINK if path.kind == "udp" else link, way.public_ip, tunnel=path.kind != "host-gw")
+
+
+def refused_at_the_tun(table: PeerTable, destination) -> bool:
+    """Whether the route of the whole pod network leads a packet to the TUN though no peer has it."""
+    network, own = table.net_conf.network_of(destination.version), table.own_way(destination.version)
+    inside = network is not None and own is not None and destination in network
+    return isinstance(table.net_conf.backend, UdpBackend) and inside and destination != own.pod_cidr.network_address
 
 
 @given(clusters(), st.lists(ADDRESSES, min_size=1, max_size=30))
 def test_render_meets_oracle(cluster: Cluster, destinations: list) -> None:
-    """Route, neighbour and forwarding entry lead each packet to the node that the oracle names, by the way it names."""
+    """Routes and what they lead to send each packet to the node that the oracle names, by the way it names."""
     table = seen_from(cluster, "n0")
-    state = rendered(table)
+    state, tunnel = rendered(table), render_udp_tunnel(table)
     for destination in destinations:
-        assert simulate_links(state, destination) == expected(table, path_of(table, destination))
+        wanted = expected(table, path_of(table, destination))
+        if wanted is None and refused_at_the_tun(table, destination):
+            wanted = Leaving(LINK, None, tunnel=True, lost="peer")
+        assert simulate_links(state, destination, tunnel) == wanted
+
+
+@given(clusters())
+def test_guard_knows_every_peer(cluster: Cluster) -> None:
+    """The guard lets each peer speak for exactly its own pods, and nobody for this node's."""
+    table = seen_from(cluster, "n0")
+    guard = render_guard(table)
+    if guard is None:
+        assert not table.own
+        return
+    held = {(str(p.prefix), p.address) for p in guard.peers}
+    assert held == {(str(w.pod_cidr), w.public_ip) for p in table.peers for w in p.ways}
+    assert {str(p) for p in guard.own} == {str(end.pod_cidr) for end in table.own}
+    assert not {p.prefix for p in guard.peers} & set(guard.own)
 
 
 @given(clusters(), st.randoms(use_true_random=False))

@@ -125,9 +125,10 @@ def test_errors_name_the_file(tmp_path):
 
 def test_notes_subnet_lengths_without_etcd():
     """Fields that only matter to a registry that hands out subnets are named as not used while Node objects do that."""
-    overlay = {"Network": "10.244.0.0/16", "SubnetLen": 24}
+    overlay = {"Network": "10.244.0.0/16", "SubnetLen": 24, "publicIP": "192.0.2.1"}
     said = read_overlay(overlay).notes
-    assert [note.partition(":")[0] for note in said] == ["overlay.SubnetLen/SubnetMin/SubnetMax"]
+    names = ["overlay.SubnetLen/SubnetMin/SubnetMax", "overlay.publicIP/publicIPv6"]
+    assert [note.partition(":")[0] for note in said] == names
     assert read_overlay({**overlay, "registry": {"type": "etcd"}}).notes == ()
 
 

@@ -1,0 +1,262 @@
+"""BPF objects through the system's libbpf by ctypes: loading, maps, pins, and attaching to a link's traffic.
+
+    object file --libbpf--> programs and maps --pin--> files of a bpffs, which outlive us
+                                |
+                                '-- attach: a tcx link (Linux 6.6), or a filter of the link's clsact queue
+
+Links are those of the calling thread's network namespace. Nothing here knows what a program does. What is not pinned ends with
+its descriptor, except filters, which end with their queue. Source: libbpf 1.1 bpf.h and libbpf.h, include/uapi/linux/bpf.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from kernelstate.errors import KernelRefusedError, MissingFeatureError
+
+BPF_ANY = 0
+BATCH = 4096
+"""Elements that one system call reads or writes."""
+INFO_BYTES = 256
+"""More than any info struct of today's kernels; they fill what they know."""
+
+
+class Options(ctypes.Structure):
+    """One of libbpf's option structs, whose first field is their size."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(sz=ctypes.sizeof(self), **values)
+
+
+class _BatchOptions(Options):
+    _fields_ = (("sz", ctypes.c_size_t), ("elem_flags", ctypes.c_uint64), ("flags", ctypes.c_uint64))
+
+
+class TestRun(Options):
+    """libbpf's ``struct bpf_test_run_opts``."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("data_in", ctypes.c_char_p),
+        ("data_out", ctypes.c_void_p),
+        ("data_size_in", ctypes.c_uint32),
+        ("data_size_out", ctypes.c_uint32),
+        ("ctx_in", ctypes.c_char_p),
+        ("ctx_out", ctypes.c_void_p),
+        ("ctx_size_in", ctypes.c_uint32),
+        ("ctx_size_out", ctypes.c_uint32),
+        ("retval", ctypes.c_uint32),
+        ("repeat", ctypes.c_int),
+        ("duration", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("cpu", ctypes.c_uint32),
+        ("batch_size", ctypes.c_uint32),
+    )
+
+
+class Ran(msgspec.Struct, frozen=True):
+    """What a program did with a packet: its verdict, the packet as it left it, and nanoseconds a run."""
+
+    verdict: int
+    packet: bytes
+    duration: int
+
+
+class Descriptor:
+    """A program, map or link by its file descriptor, closed with ``close`` or at the end of a ``with``."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self.fd, self.name = fd, name
+
+    def close(self) -> None:
+        """Let go; what is pinned or attached elsewhere stays."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def pin(self, path: Path) -> None:
+        """Keep it under a name in a bpffs. Raises KernelRefusedError."""
+        check(library().bpf_obj_pin(self.fd, os.fsencode(path)), "pin", str(path))
+
+    def info(self) -> bytes:
+        """Return the kernel's info struct of its kind. Raises KernelRefusedError."""
+        buffer, length = ctypes.create_string_buffer(INFO_BYTES), ctypes.c_uint32(INFO_BYTES)
+        check(library().bpf_obj_get_info_by_fd(self.fd, buffer, ctypes.byref(length)), "look at", self.name)
+        return buffer.raw
+
+
+class Program(Descriptor):
+    """A loaded program."""
+
+    @functools.cached_property
+    def number(self) -> int:
+        """The kernel's number for it: ``bpftool prog show id``."""
+        return int(struct.unpack_from("=II", self.info())[1])
+
+    def run(self, packet: bytes, repeat: int = 1) -> Ran:
+        """Let it look at a packet (at least an Ethernet header, 14 bytes). Raises KernelRefusedError."""
+        out = ctypes.create_string_buffer(len(packet) + 256)
+        options = TestRun(data_in=packet, data_size_in=len(packet), repeat=repeat)
+        options.data_out, options.data_size_out = ctypes.cast(out, ctypes.c_void_p), len(out)
+        check(library().bpf_prog_test_run_opts(self.fd, ctypes.byref(options)), "run", self.name)
+        return Ran(options.retval, out.raw[: options.data_size_out], options.duration)
+
+
+class Map(Descriptor):
+    """A map; keys and values are bytes of the sizes its C types have."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        super().__init__(fd, name)
+        _, _, self.key_size, self.value_size = struct.unpack_from("=4I", self.info())
+
+    def __setitem__(self, key: bytes, value: bytes) -> None:
+        check(library().bpf_map_update_elem(self.fd, key, value, ctypes.c_uint64(BPF_ANY)), "write map", self.name)
+
+    def __getitem__(self, key: bytes) -> bytes:
+        """Return the value; of a per-CPU map with ``read_cpus``. Raises KernelRefusedError, also if there is none."""
+        value = ctypes.create_string_buffer(self.value_size)
+        check(library().bpf_map_lookup_elem(self.fd, key, value), "read map", self.name)
+        return value.raw
+
+    def read_cpus(self, key: bytes) -> tuple[int, ...]:
+        """Return each CPU's 64-bit number of a per-CPU map."""
+        value = (ctypes.c_uint64 * library().libbpf_num_possible_cpus())()
+        check(library().bpf_map_lookup_elem(self.fd, key, value), "read map", self.name)
+        return tuple(value)
+
+    def update(self, entries: Mapping[bytes, bytes]) -> None:
+        """Add and replace. Raises KernelRefusedError; some may then be written."""
+        items = list(entries.items())
+        for start in range(0, len(items), BATCH):
+            part = items[start : start + BATCH]
+            keys, values = b"".join(k for k, _ in part), b"".join(v for _, v in part)
+            number = ctypes.c_uint32(len(part))
+            done = library().bpf_map_update_batch(self.fd, keys, values, ctypes.byref(number), ctypes.byref(_BatchOptions()))
+            check(done, "write map", self.name)
+
+    def remove(self, keys: Iterable[bytes]) -> None:
+        """Delete; what is gone already is success. Raises KernelRefusedError."""
+        for key in keys:
+            done = library().bpf_map_delete_elem(self.fd, key)
+            if done != -errno.ENOENT:
+                check(done, "delete from map", self.name)
+
+    def dump(self) -> dict[bytes, bytes]:
+        """Return everything. Raises KernelRefusedError."""
+        found: dict[bytes, bytes] = {}
+        size = BATCH
+        place, is_first, done = ctypes.create_string_buffer(max(self.key_size, 4)), True, 0
+        while done == 0:
+            keys, values = ctypes.create_string_buffer(size * self.key_size), ctypes.create_string_buffer(size * self.value_size)
+            number = ctypes.c_uint32(size)
+            done = library().bpf_map_lookup_batch(
+                self.fd, None if is_first else place, place, keys, values, ctypes.byref(number), ctypes.byref(_BatchOptions())
+            )
+            if done == -errno.ENOSPC:  # a hash bucket has more than fits
+                size, done = 2 * size, 0
+                continue
+            if done != -errno.ENOENT:  # which is the end
+                check(done, "read map", self.name)
+            found.update(zip(_cut(keys.raw, self.key_size, number.value), _cut(values.raw, self.value_size, number.value), strict=True))
+            is_first = False
+        return found
+
+
+def _cut(data: bytes, size: int, count: int) -> Iterator[bytes]:
+    return (data[at : at + size] for at in range(0, count * size, size))
+
+
+class BpfObject:
+    """An object file, loaded; ``with`` unloads it. Raises MissingFeatureError without libbpf, KernelRefusedError when refused."""
+
+    def __init__(self, path: Path) -> None:
+        self._lib = library()
+        self.name = path.name
+        self._object = self._lib.bpf_object__open_file(os.fsencode(path), None)
+        if not self._object:
+            raise KernelRefusedError("open BPF object", str(path), os.strerror(ctypes.get_errno()))
+        try:
+            check(self._lib.bpf_object__load(self._object), "load BPF object", self.name)
+        except KernelRefusedError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of programs and maps."""
+        if self._object:
+            self._lib.bpf_object__close(self._object)
+            self._object = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def program(self, name: str) -> Program:
+        """Return a descriptor of its own for a program. Raises LookupError."""
+        found = self._lib.bpf_object__find_program_by_name(self._object, name.encode())
+        if not found:
+            raise LookupError(f"{self.name}: has no program {name}")
+        return Program(os.dup(self._lib.bpf_program__fd(found)), name)
+
+    def map(self, name: str) -> Map:
+        """Return a descriptor of its own for a map. Raises LookupError."""
+        found = self._lib.bpf_object__find_map_fd_by_name(self._object, name.encode())
+        if found < 0:
+            raise LookupError(f"{self.name}: has no map {name}")
+        return Map(os.dup(found), name)
+
+
+def open_pin(path: Path) -> int | None:
+    """Return a descriptor of what is pinned at a path; None if nothing is. Raises KernelRefusedError."""
+    done = int(library().bpf_obj_get(os.fsencode(path)))
+    if done == -errno.ENOENT:
+        return None
+    check(min(done, 0), "open pin", str(path))
+    return done
+
+
+def check(result: int, operation: str, what: str) -> None:
+    """Raise KernelRefusedError for a negative result, which is libbpf's way to return an error."""
+    if result < 0:
+        raise KernelRefusedError(operation, what, os.strerror(-result))
+
+
+@functools.cache
+def library() -> Any:
+    """Return the library, told to stay silent: what it would print is in the errors raised here. Raises MissingFeatureError."""
+    try:
+        lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    except OSError as error:
+        raise MissingFeatureError("libbpf.so.1", "the library is not installed") from error
+    for name in ("bpf_object__open_file", "bpf_object__find_program_by_name"):
+        getattr(lib, name).restype = ctypes.c_void_p
+    lib.bpf_object__open_file.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
+    lib.bpf_object__find_program_by_name.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
+    lib.bpf_object__find_map_fd_by_name.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
+    for name in ("bpf_object__load", "bpf_object__close", "bpf_program__fd"):
+        getattr(lib, name).argtypes = (ctypes.c_void_p,)
+    lib.bpf_object__close.restype = None
+    lib.libbpf_set_print.argtypes = (ctypes.c_void_p,)
+    lib.libbpf_set_print.restype = ctypes.c_void_p
+    lib.libbpf_set_print(None)
+    return lib
+
+
