@@ -26,6 +26,7 @@ from clusterstate.snapshot import Name, Update
 from nodeplane.flows import FlowKeeper
 from nodeplane.kernel import NodeKernel
 from nodeplane.pipeline import Desired, HostFacts, Pipeline
+from nodeplane.policy_flows import PolicyFlows
 from nodeplane.status import PeerStatus, Status
 from proxy.health import HealthEndpoint, Places
 
@@ -87,13 +88,14 @@ class Agent:
         host: Host,
         kernel: NodeKernel,
         flows: FlowKeeper | None = None,
+        policy_flows: PolicyFlows | None = None,
         health: HealthPort | None = None,
         publish: Callable[[Status], None],
         status: Status,
         watched: Sequence[int] = (),
     ) -> None:
         self.pipeline, self.source, self.host = pipeline, source, host
-        self.kernel, self.flows, self.health = kernel, flows, health
+        self.kernel, self.flows, self.policy_flows, self.health = kernel, flows, policy_flows, health
         self.publish, self.status = publish, status
         self.watched = tuple(watched)
         """Descriptors that become readable when a reconciler may have drifted."""
@@ -124,6 +126,8 @@ class Agent:
         self.desired = desired = self.pipeline.update(update, self._facts)
         if self.flows is not None:
             self.flows.take(desired.stale, time.monotonic())
+        if self.policy_flows is not None and desired.policies is not None and desired.policy_change is not None:
+            self.policy_flows.take(desired.policies, desired.policy_change.meaning)
         self.kernel.set_desired(desired)
         if before is None or before.peers != desired.peers or before.families != desired.families:
             self._host_errors = tuple(self.host.prepare(desired))
@@ -136,6 +140,8 @@ class Agent:
         reports = self.kernel.sync()
         if self.flows is not None and all(r.ok for r in reports if r.part != "links"):
             reports.append(self.flows.sync(frozenset(self._facts.local_addresses), time.monotonic()))
+        if self.policy_flows is not None and all(r.ok for r in reports if r.part == "policies"):
+            reports.append(self.policy_flows.sync(frozenset(self._facts.local_addresses)))
         errors = (*self._host_errors, *(e for r in reports for e in r.errors), *self._open_health_ports())
         written = [f"{r.changed} in {r.part}" for r in reports if r.changed]
         if written:
@@ -274,6 +280,8 @@ class Agent:
             rules=self.pipeline.rules,
             elements=desired.services.elements,
             servers=len(desired.services.servers),
+            isolated=len(desired.policies.pods) if desired.policies is not None else 0,
+            policies=len(desired.policies.rules) if desired.policies is not None else 0,
             families=desired.families,
             finished=tuple(link.name for link in desired.links.links if link.tx_checksum is False) if desired.links else (),
             peers=_peers(desired),

@@ -16,7 +16,7 @@ from kernelstate.reconcile import NetfilterReconciler
 from kernelstate.reconcile_forwarder import ForwarderReconciler
 from kernelstate.reconcile_links import LinkReconciler
 from nodeplane.commands import Failed
-from nodeplane.host_kernel import FORWARDER, VARIANTS, other_modes, overlay_tables
+from nodeplane.host_kernel import FORWARDER, VARIANTS, other_modes, overlay_tables, policy_tables, tunnel_programs
 from nodeplane.lease_store import STATE_FILE as LEASE_FILE
 from nodeplane.pipeline import OWNERSHIP
 from nodeplane.status import LOCK_FILE, STATUS_FILE, AlreadyRunningError, read_status, take_lock
@@ -63,5 +63,9 @@ def _reconcilers() -> Iterator[Reconciler]:
             yield NetfilterReconciler(IptablesPort(variant), OWNERSHIP, families())
     yield from other_modes("", None)
     yield overlay_tables()
+    yield policy_tables()
     yield ForwarderReconciler(LinuxForwarder(FORWARDER))
+    programs = tunnel_programs()
+    if programs is not None:
+        yield programs
     yield LinkReconciler(LinuxLinks())

@@ -66,7 +66,7 @@ def _add_render(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("render", help="print what would be programmed, in the native tool's syntax; no root")
     _objects(parser, required=True)
     _node(parser, required=True)
-    parser.add_argument("--part", choices=["services", "overlay"], help="only this part (default: services)")
+    parser.add_argument("--part", choices=["services", "policy", "overlay"], help="only this part (default: services)")
     parser.add_argument("--family", choices=["4", "6"], help="only this address family")
     _local_addresses(parser)
     parser.set_defaults(run=lazy("nodeplane.render"))

@@ -167,6 +167,8 @@ class NodeConfig(msgspec.Struct, frozen=True):
     sync_period: float = 30.0
     """Seconds between two full comparisons with the kernel."""
     overlay: OverlayOptions | None = None
+    policy: bool = False
+    """NetworkPolicies are enforced; through nftables, whatever the mode of Services is."""
     iptables_variant: Literal["auto", "legacy", "nft"] = "auto"
     notes: tuple[str, ...] = ()
     """Fields that were stated and change nothing here: one line each for the log."""
@@ -219,7 +221,7 @@ def _build(raw: Mapping[str, Any], section: ServicesSection, at: str, node_name:
     variant = raw.get("iptablesVariant", "auto")
     if variant not in {"auto", "legacy", "nft"}:
         raise ConfigError(f"iptablesVariant: must be auto, legacy or nft, is {variant!r}")
-    _policy(raw.get("policy") or {})
+    policy = _policy(raw.get("policy") or {})
     name = node_name or raw.get("nodeName") or section.hostname_override or socket.gethostname()
     if not isinstance(name, str):
         raise ConfigError(f"nodeName: must be a string, is {name!r}")
@@ -235,6 +237,7 @@ def _build(raw: Mapping[str, Any], section: ServicesSection, at: str, node_name:
         min_sync_period=minimum,
         sync_period=sync,
         overlay=overlay_options,
+        policy=policy,
         iptables_variant=variant,
         notes=_notes(section, at) + (overlay_options.notes if overlay_options else ()),
     )
@@ -325,14 +328,23 @@ def _node_port_addresses(stated: tuple[str, ...] | None, mode: str, at: str) -> 
     return tuple(prefix_at(c, f"{at}nodePortAddresses[{i}]") for i, c in enumerate(stated))
 
 
-def _policy(raw: object) -> None:
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"policy: must be an object, is {raw!r}")
-    for key, value in raw.items():
-        if key not in {"enabled", "mode"}:
-            raise ConfigError(f"policy.{key}: unknown field; there are enabled, mode")
-        if key == "enabled" and value is not False:
-            raise ConfigError("policy.enabled: NetworkPolicy is not enforced by this version; must be false or left out")
+class PolicySection(Strict, frozen=True):
+    """``policy``: whether NetworkPolicies are enforced here, and through what."""
+
+    enabled: bool = False
+    mode: str = "nftables"
+
+
+POLICY_MODES = ("nftables",)
+"""Through what policies can be enforced."""
+
+
+def _policy(raw: object) -> bool:
+    """Return whether NetworkPolicies are enforced."""
+    section = decode_section(raw, PolicySection, "policy")
+    if section.mode not in POLICY_MODES:
+        raise ConfigError(f"policy.mode: must be {' or '.join(POLICY_MODES)}, is {section.mode!r}")
+    return section.enabled
 
 
 def _mode(stated: str, at: str) -> str:

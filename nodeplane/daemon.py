@@ -32,6 +32,7 @@ from nodeplane.host_kernel import host_kernel
 from nodeplane.lease_keeper import LeaseKeeper
 from nodeplane.network_config import with_network
 from nodeplane.pipeline import Pipeline
+from nodeplane.policy_flows import PolicyFlows
 from nodeplane.status import AlreadyRunningError, Status, take_lock, write_status
 
 log = logging.getLogger("nodeplane")
@@ -123,6 +124,8 @@ def build_agent(config: NodeConfig, source: FileSource, chains: int, keeper: Lea
     variant, reason = host.iptables_variant, host.iptables_reason
     log.info("node %s: Services in %s; iptables-%s (%s)", config.node_name, config.mode, variant, reason)
     overlay = config.overlay
+    if host.unguarded:
+        log.info("overlay.sourceCheck: sources of packets from other nodes are not checked: %s", host.unguarded)
     if host.engine is not None:
         log.info("overlay udp: packets are wrapped by the %s engine (%s)", host.engine.engine, host.engine.reason)
     status = Status(
@@ -135,6 +138,7 @@ def build_agent(config: NodeConfig, source: FileSource, chains: int, keeper: Lea
         overlay=overlay.net_conf.backend.type if overlay else "",
         engine=host.engine.engine if host.engine else "",
         engine_reason=host.engine.reason if host.engine else "",
+        unguarded=host.unguarded,
     )
     agent = Agent(
         pipeline=Pipeline(config),
@@ -142,6 +146,7 @@ def build_agent(config: NodeConfig, source: FileSource, chains: int, keeper: Lea
         host=LinuxHost(config, keeper),
         kernel=host.kernel,
         flows=FlowKeeper(Conntrack(), config.services) if config.services else None,
+        policy_flows=PolicyFlows(Conntrack()) if config.policy else None,
         publish=write_status,
         status=status,
         watched=host.watched,

@@ -23,8 +23,10 @@ from kernelstate.simulate import Packet, Simulator, Step
 from kernelstate.simulate import Path as WalkedPath
 from kernelstate.simulate_ipvs import IpvsSimulator
 from kernelstate.simulate_nftables import NftablesSimulator
+from netpolicy.oracle import Flow as PolicyFlow
 from nodeplane.commands import Failed, Usage
 from nodeplane.explain_path import Journey, journey
+from nodeplane.explain_policy import PolicyAnswer, PolicyExplainer
 from nodeplane.objects_input import NodeView, read_view
 from proxy.modes import TRAITS
 from proxy.oracle import Flow, Judgement, Oracle, Outcome, parse_backend, print_backend
@@ -66,6 +68,7 @@ class Explainer:
         traits = TRAITS[view.config.mode]
         self.oracle = Oracle(view.pipeline.compiler.table, settings, node, self.local, traits) if settings else None
         self.simulator = simulator_of(view, self.local)
+        self.policies = PolicyExplainer(view, self.local) if view.config.policy else None
         self.pods = {ip: pod for pod in view.snapshot.pods.values() if not pod.host_network for ip in pod.ips}
 
     def answer(self, question: Question) -> dict[str, Any]:
@@ -87,17 +90,23 @@ class Explainer:
         destinations = [parse_backend(e)[0] for e in endpoints] or [question.destination]
         journeys = [None if self._is_here(d) else journey(self.view.desired, d) for d in destinations]
         paths = [self._path(d, one) for d, one in zip(destinations, journeys, strict=True)]
+        policy = self._policy(question, destinations if verdict in {"dnat", "pass"} else [], judgement, kind)
         return {
             "service": {
                 "verdict": verdict,
                 "endpoints": endpoints,
                 "masquerade": any(o.masquerade for o in judgement.outcomes),
             },
-            "policy": self._policy(),
+            "policy": {
+                "egress": policy.egress,
+                "ingress": policy.ingress,
+                "allowed": policy.allowed,
+                "because": list(policy.because),
+            },
             "path": paths[0],
             "paths": dict(zip(endpoints, paths, strict=False)),
             "masqueraded": sorted(o.backend for o in judgement.outcomes if o.masquerade),
-            "agree": simulated == judgement.outcomes and all(one is None or one.agree for one in journeys),
+            "agree": simulated == judgement.outcomes and all(one is None or one.agree for one in journeys) and policy.agree,
             "steps": _steps(judgement, walked, simulated) + _journey_steps(destinations, journeys),
         }
 
@@ -132,11 +141,24 @@ class Explainer:
                 return {"kind": "external", "peer": node.name}  # whoever routes between the nodes, it is not us
         return {"kind": "external", "peer": None}
 
-    def _policy(self) -> dict[str, Any]:
-        because = []
-        if self.view.snapshot.policies:
-            because.append(f"{len(self.view.snapshot.policies)} NetworkPolicies are among the objects; none is enforced")
-        return {"egress": "none", "ingress": "none", "allowed": True, "because": because}
+    def _policy(self, question: Question, destinations: list[IPAddress], judgement: Judgement, kind: str) -> PolicyAnswer:
+        """Say what policies make of it; ``destinations`` are those that Services leave, in the order of their endpoints."""
+        if self.policies is None:
+            count = len(self.view.snapshot.policies)
+            because = (
+                (f"{count} NetworkPolicies are among the objects; policy.enabled is false, so none is enforced",)
+                if count
+                else ()
+            )
+            return PolicyAnswer("none", "none", because, agree=True)
+        ports = {parse_backend(o.backend): o for o in judgement.outcomes if o.backend}
+        ends = sorted(ports) or [(d, question.port) for d in destinations]
+        flows = [
+            PolicyFlow(question.source, address, question.protocol, port, from_node=kind == "node")
+            for address, port in ends
+            if destinations and address.version == question.source.version
+        ]
+        return self.policies.answer(flows, [address for (address, _), o in ports.items() if o.masquerade])
 
 
 def simulator_of(view: NodeView, local: Collection[IPAddress]) -> Simulator:
@@ -309,6 +331,10 @@ def _text(question: Question, answer: dict[str, Any], node: str) -> list[str]:
             lines.append(f"  no Service: {path['kind']}{' to ' + path['peer'] if path['peer'] else ''}")
         case verdict:
             lines.append(f"  {verdict}")
+    policy = answer["policy"]
+    if policy["because"]:
+        lines += ["", f"  NetworkPolicy: egress {policy['egress']}, ingress {policy['ingress']}"]
+        lines += [f"    {line}" for line in policy["because"]]
     lines += ["", "  " + "\n  ".join(answer["steps"]), ""]
     lines.append("  oracle and rules agree" if answer["agree"] else "  oracle and rules DISAGREE")
     return lines

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from kernelstate.diff_ipvs import IpvsOwnership
-from kernelstate.errors import MissingFeatureError
+from kernelstate.errors import KernelStateError, MissingFeatureError
 from kernelstate.features import Feature
 from kernelstate.linux.addresses import Addresses
 from kernelstate.linux.forwarder import LinuxForwarder
@@ -24,7 +24,7 @@ from kernelstate.reconcile import NetfilterReconciler
 from kernelstate.reconcile_forwarder import ForwarderReconciler
 from kernelstate.reconcile_links import LinkReconciler
 from nodeplane.config import NodeConfig
-from nodeplane.kernel import IpvsParts, NodeKernel
+from nodeplane.kernel import IpvsParts, NodeKernel, TunnelParts
 from nodeplane.pipeline import OWNERSHIP
 from nodeplane.tunnel_engine import Choice, choose_engine
 from overlay.netconf import UdpBackend
@@ -34,10 +34,11 @@ from proxy.settings import ProxySettings
 
 if TYPE_CHECKING:
     from kernelstate.reconcile_nftables import NftablesReconciler
+    from kernelstate.reconcile_tunnel import TunnelReconciler
 
-FORWARDER = Path(__file__).resolve().parent.parent / "packetpath/built/nodeplane-udp"
-"""The forwarder as it was built at installation."""
-NO_PROGRAMS = "this version brings no programs for the kernel"
+BUILT = Path(__file__).resolve().parent.parent / "packetpath/built"
+"""What was made of the C at installation."""
+FORWARDER = BUILT / "nodeplane-udp"
 VARIANTS: tuple[Variant, ...] = ("legacy", "nft")
 
 
@@ -51,6 +52,8 @@ class HostKernel(msgspec.Struct, frozen=True):
     """Descriptors that become readable when a part may have drifted."""
     engine: Choice | None = None
     """Who wraps packets in UDP; None for other backends."""
+    unguarded: str = ""
+    """Why sources of packets are not checked though they should be."""
 
 
 def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | None = None) -> HostKernel:
@@ -62,13 +65,22 @@ def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | Non
     links = LinuxLinks() if config.overlay else None
     nftables = _nftables() if config.mode == "nftables" else None
     tables = overlay_tables() if config.overlay and config.overlay.net_conf.nftables else None
+    policies = policy_tables() if config.policy else None
     forwarder = forwarder or LinuxForwarder(FORWARDER)
     # As long as etcd has not said what the network is, nobody knows which of these an earlier agent needed.
     is_known = config.overlay is None or bool(config.overlay.net_conf.families)
     backend = config.overlay.net_conf.backend if config.overlay else None
-    engine = choose_engine(backend.engine, NO_PROGRAMS) if isinstance(backend, UdpBackend) else None
+    engine = _engine(backend) if isinstance(backend, UdpBackend) else None
     has_udp = engine is not None
-    watched = [part.fileno() for part in (links, nftables, tables, forwarder if has_udp else None) if part is not None]
+    checks = is_known and config.overlay is not None and config.overlay.source_check
+    unguarded = _unloadable("guard") if checks else ""
+    programs = tunnel_programs() if is_known else None
+    tunnel = None
+    if programs is not None and config.overlay is not None:
+        tunnel = TunnelParts(programs, engine is not None and engine.engine == "kernel", checks and not unguarded)
+    watched = [
+        part.fileno() for part in (links, nftables, tables, policies, forwarder if has_udp else None) if part is not None
+    ]
     ipvs = None
     if config.mode == "ipvs":
         ipvs, descriptor = _ipvs(config.services or ProxySettings())
@@ -77,7 +89,9 @@ def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | Non
         NetfilterReconciler(IptablesPort(variant), OWNERSHIP),
         links=LinkReconciler(links) if links else None,
         forwarder=ForwarderReconciler(forwarder) if has_udp else None,
+        tunnel=tunnel,
         overlay_tables=tables,
+        policies=policies,
         nftables=nftables,
         ipvs=ipvs,
         families=families(),
@@ -85,10 +99,38 @@ def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | Non
             *_other_variants(variant),
             *other_modes(config.mode, config.services),
             *([overlay_tables()] if is_known and tables is None else []),
+            *([policy_tables()] if policies is None else []),
             *([ForwarderReconciler(forwarder)] if is_known and not has_udp else []),
+            *([programs] if programs is not None and tunnel is None else []),
         ],
     )
-    return HostKernel(kernel, variant, reason, tuple(watched), engine)
+    return HostKernel(kernel, variant, reason, tuple(watched), engine, unguarded)
+
+
+def tunnel_programs() -> TunnelReconciler | None:
+    """Return what keeps the kernel's programs at the tunnel and the uplink; None where there is no library to speak to them."""
+    from kernelstate.linux.bpf_tunnel import LinuxTunnel  # noqa: PLC0415
+    from kernelstate.reconcile_tunnel import TunnelReconciler  # noqa: PLC0415
+
+    try:
+        return TunnelReconciler(LinuxTunnel(BUILT))
+    except MissingFeatureError:
+        return None
+
+
+def _engine(backend: UdpBackend) -> Choice:
+    return choose_engine(backend.engine, "" if backend.engine == "userspace" else _unloadable("udp"))
+
+
+def _unloadable(name: str) -> str:
+    """Say why this kernel does not take a program of ours, by loading it; empty if it does."""
+    from kernelstate.linux.libbpf import BpfObject  # noqa: PLC0415
+
+    try:
+        with BpfObject(BUILT / f"{name}.bpf.o"):
+            return ""
+    except KernelStateError as error:
+        return str(error)
 
 
 def _variant(config: NodeConfig, chains: int) -> tuple[Variant, str]:
@@ -118,6 +160,15 @@ def overlay_tables() -> NftablesReconciler:
     from kernelstate.reconcile_nftables import NftablesReconciler  # noqa: PLC0415
 
     return NftablesReconciler(NftablesPort(), NAMES, "overlay rules")
+
+
+def policy_tables() -> NftablesReconciler:
+    """Return what keeps NetworkPolicies in nftables."""
+    from kernelstate.linux.nftables import NftablesPort  # noqa: PLC0415
+    from kernelstate.reconcile_nftables import NftablesReconciler  # noqa: PLC0415
+    from netpolicy.render.nftables import NAMES as POLICY_NAMES  # noqa: PLC0415
+
+    return NftablesReconciler(NftablesPort(), POLICY_NAMES, "policies")
 
 
 def _nftables() -> NftablesReconciler:

@@ -2,11 +2,11 @@
 
 Whoever is asked first must be there first: tables and servers before the rules that lead to them.
 
-    mode iptables    links, tunnel, packet filter
-    mode nftables    links, tunnel, nftables, packet filter
-    mode ipvs        links, tunnel, sets, virtual servers, addresses of kube-ipvs0, packet filter
+    mode iptables    policies, links, tunnel, packet filter
+    mode nftables    policies, links, tunnel, nftables, packet filter
+    mode ipvs        policies, links, tunnel, sets, virtual servers, addresses of kube-ipvs0, packet filter
 
-The tunnel is what stands behind and beside the links: the forwarder behind a TUN.
+The tunnel is what stands behind and beside the links: the forwarder behind a TUN, and programs at the TUN and at the uplink.
 
 ``retired`` are the parts that only other modes use. They are emptied once this mode is in place, so that a node which changes
 its mode answers all the time, and nothing of the old mode is left.
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kernelstate.diff_ipvs import IpvsOwnership
 from kernelstate.errors import KernelStateError
 from kernelstate.objects.address import Family
+from kernelstate.objects.tunnel import TunnelState
 from kernelstate.ports import Reconciler, SyncReport
 from kernelstate.reconcile import NetfilterReconciler
 from kernelstate.reconcile_forwarder import ForwarderReconciler
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from kernelstate.reconcile_ipvs import IpvsReconciler
     from kernelstate.reconcile_nftables import NftablesReconciler
     from kernelstate.reconcile_sets import IpsetReconciler
+    from kernelstate.reconcile_tunnel import TunnelReconciler
 
 
 class IpvsParts(NamedTuple):
@@ -48,6 +50,18 @@ class IpvsParts(NamedTuple):
         self.addresses.set_desired(services.addresses, None if change is None else change.addresses)
 
 
+class TunnelParts(NamedTuple):
+    """The kernel's programs at the tunnel and at the uplink, and which of them are wanted and can be had."""
+
+    programs: TunnelReconciler
+    wraps: bool
+    guards: bool
+
+    def set_desired(self, state: TunnelState) -> None:
+        """Tell what should be done; what is not wanted, and an earlier agent left, is taken off."""
+        self.programs.set_desired(TunnelState(state.udp if self.wraps else None, state.guard if self.guards else None))
+
+
 class NodeKernel:
     """The reconcilers of one node, behind one face."""
 
@@ -57,22 +71,27 @@ class NodeKernel:
         *,
         links: LinkReconciler | None = None,
         forwarder: ForwarderReconciler | None = None,
+        tunnel: TunnelParts | None = None,
         overlay_tables: NftablesReconciler | None = None,
+        policies: NftablesReconciler | None = None,
         nftables: NftablesReconciler | None = None,
         ipvs: IpvsParts | None = None,
         families: Sequence[Family] = (4, 6),
         retired: Sequence[Reconciler] = (),
     ) -> None:
         self.netfilter, self.links, self.nftables, self.ipvs = netfilter, links, nftables, ipvs
-        self.forwarder, self.overlay_tables = forwarder, overlay_tables
+        self.forwarder, self.tunnel = forwarder, tunnel
+        self.overlay_tables, self.policies = overlay_tables, policies
         self.families = tuple(families)
         """The families whose packet filter this kernel has."""
         self.retired = list(retired)
+        self._has_policies = False
 
     @property
     def parts(self) -> list[Reconciler]:
         """The parts in the order in which they are written."""
-        overlay: list[Reconciler | None] = [self.links, self.forwarder, self.overlay_tables]
+        programs = self.tunnel.programs if self.tunnel else None
+        overlay: list[Reconciler | None] = [self.policies, self.links, self.forwarder, programs, self.overlay_tables]
         found: list[Reconciler | None] = [*overlay, self.nftables, *(self.ipvs or ()), self.netfilter]
         return [part for part in found if part is not None]
 
@@ -90,8 +109,16 @@ class NodeKernel:
             self.links.set_desired(desired.links)
         if self.forwarder is not None and desired.tunnel is not None:
             self.forwarder.set_desired(desired.tunnel.udp)
+        if self.tunnel is not None and desired.tunnel is not None:
+            self.tunnel.set_desired(desired.tunnel)
         if self.overlay_tables is not None:
             self.overlay_tables.set_desired(desired.overlay_tables)
+        if self.policies is not None:
+            # Before the first update everything may differ; afterwards what is named, or nothing.
+            known = self._has_policies
+            tables = desired.policy_change.tables if desired.policy_change is not None else {}
+            self.policies.set_desired(desired.policy_tables, tables if known else None)
+            self._has_policies = True
 
     def sync(self) -> list[SyncReport]:
         """Write what differs, part by part, then empty what is retired."""
@@ -125,6 +152,6 @@ class NodeKernel:
 
     def forget(self) -> None:
         """Trust no memory of what only a full look shows: the next sync observes rules, tables, servers, the forwarder's peers."""
-        for part in (self.netfilter, self.forwarder, self.overlay_tables, self.nftables, *(self.ipvs or ())):
+        for part in (self.netfilter, self.policies, self.forwarder, self.overlay_tables, self.nftables, *(self.ipvs or ())):
             if part is not None:
                 part.forget()

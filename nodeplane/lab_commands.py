@@ -34,6 +34,7 @@ def add_lab_parser(subparsers: Any) -> None:
     )
     up.add_argument("--services", metavar="MODE", help="service mode: iptables, ipvs or nftables")
     up.add_argument("--overlay", metavar="BACKEND", help="vxlan, host-gw or udp")
+    up.add_argument("--policy", metavar="MODE", help="enforce NetworkPolicies: nftables")
     _timeout(up)
     status = _command(commands, "status", _status, "nodes, pods, Services and whether they are in sync")
     _output(status)
@@ -122,7 +123,7 @@ class Progress:
 
 
 def _up(args: argparse.Namespace) -> int:
-    planned, progress = read_plan(args.topology, args.objects, args.services, args.overlay), Progress()
+    planned, progress = read_plan(args.topology, args.objects, args.services, args.overlay, args.policy), Progress()
     for line in planned.ignored:
         print(f"left out: {line}: a lab has no use for this kind", file=sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that being told to stop also takes down what was made
@@ -133,9 +134,11 @@ def _up(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_plan(topology: str | None, objects: list[str], services: str | None, overlay: str | None) -> Any:
+def read_plan(
+    topology: str | None, objects: list[str], services: str | None, overlay: str | None, policy: str | None = None
+) -> Any:
     """Read a topology and objects as `lab up` is given them. Raises LabInputError."""
-    return _lab("plan").read_plan(topology, objects, services, overlay)
+    return _lab("plan").read_plan(topology, objects, services, overlay, policy)
 
 
 def _say_problems(state: Any) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import msgspec
 
@@ -22,9 +22,12 @@ from kernelstate.diff_ipvs import IpvsOwnership
 from kernelstate.objects.address import Family, Prefix
 from kernelstate.objects.links import LinkState
 from kernelstate.objects.netfilter import Anchor, ChainKey, Rule, Ruleset
-from kernelstate.objects.nftables import Table
+from kernelstate.objects.nftables import Table, TableChange
 from kernelstate.objects.tunnel import TunnelState
 from kernelstate.ownership import Ownership
+from netpolicy.compile import PolicyChange, PolicyCompiler
+from netpolicy.render.nftables import NftablesPolicyProgram
+from netpolicy.table import PolicyTable
 from nodeplane.config import NodeConfig
 from nodeplane.config_overlay import OverlayOptions
 from nodeplane.service_programs import PROGRAMS, ServiceChange, ServiceProgram, ServiceState
@@ -55,6 +58,9 @@ OWNERSHIP = Ownership(
     prefixes=CHAIN_PREFIXES,
 )
 """Which chains of the packet filter are ours, in whatever mode they were written."""
+
+POLICY_KINDS = frozenset({"Pod", "Namespace", "NetworkPolicy"})
+"""Kinds of objects that policies are made of."""
 
 _OVERLAY_RENDERERS: dict[str, Callable[[PeerTable], LinkState]] = {
     "vxlan": render_vxlan,
@@ -103,6 +109,18 @@ class Desired(msgspec.Struct, frozen=True):
     """What is answered on the health check ports of Services."""
     health_places: Places = {}
     """Where those ports are open."""
+    policies: PolicyTable | None = None
+    """Whom NetworkPolicies isolate here; None: they are not enforced."""
+    policy_tables: Mapping[Family, Table] = {}
+    policy_change: PolicyUpdate | None = None
+    """What of policies differs from the ``Desired`` before; None: nothing."""
+
+
+class PolicyUpdate(NamedTuple):
+    """A change of policies: in the table of meaning, and in nftables."""
+
+    meaning: PolicyChange
+    tables: Mapping[Family, TableChange]
 
 
 class _Masquerade(TypedDict):
@@ -133,6 +151,8 @@ class Pipeline:
         self._overlay_input: object = None
         self._links: LinkState | None = None
         self._tunnel: TunnelState | None = None
+        self.policies = PolicyCompiler(config.node_name) if config.policy else None
+        self._policy_program = NftablesPolicyProgram()
         self._started = False
 
     def update(self, update: Update, facts: HostFacts) -> Desired:
@@ -145,6 +165,7 @@ class Pipeline:
         changed = None if change is None else change.chains
         if self.config.overlay is not None and self._update_overlay(self.config.overlay, update.snapshot, facts):
             changed = None
+        policy_change = self._update_policies(update) if self.policies is not None else None
         if not self._started:
             changed = None
         self._started = True
@@ -165,6 +186,9 @@ class Pipeline:
             ipvs_ownership=ipvs_ownership(self.settings, facts),
             health=self._health,
             health_places=health_places(self.settings, node, families) if self.settings and self._health else {},
+            policies=self.policies.table if self.policies is not None else None,
+            policy_tables=self._policy_program.tables,
+            policy_change=policy_change,
         )
 
     @property
@@ -225,6 +249,16 @@ class Pipeline:
         used |= {family for family, count in self._service_families.items() if count > 0}
         used |= set(_overlay_families(self.config.overlay))
         return tuple(sorted(used)) or (4,)
+
+    # -- policies ----------------------------------------------------------------------------------------------------
+
+    def _update_policies(self, update: Update) -> PolicyUpdate | None:
+        assert self.policies is not None
+        changed = update.changed if self._started else None
+        if changed is not None and not any(ref.kind in POLICY_KINDS for ref in changed):
+            return None
+        meaning = self.policies.update(update.snapshot, changed)
+        return PolicyUpdate(meaning, self._policy_program.update(self.policies.table, meaning))
 
     # -- overlay -----------------------------------------------------------------------------------------------------
 

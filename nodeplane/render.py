@@ -13,6 +13,7 @@ from kernelstate.text.iptables_save import print_ruleset
 from kernelstate.text.ipvsadm import print_servers
 from kernelstate.text.nft import print_table
 from kernelstate.text.udp_tunnel import print_tunnel
+from netpolicy.render.nftables import TABLE as POLICY_TABLE
 from nodeplane.commands import Usage
 from nodeplane.objects_input import NodeView, read_view
 from overlay.render.masquerade_nftables import NAMES
@@ -31,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
     families = _families(view, args.family)
     if args.part == "overlay":
         sys.stdout.write(render_overlay_text(view))
+    elif args.part == "policy":
+        sys.stdout.write(render_policy_text(view, families))
     else:
         sys.stdout.write(render_services_text(view, families))
     return 0
@@ -85,6 +88,14 @@ def render_overlay_text(view: NodeView) -> str:
     udp = view.desired.tunnel.udp if view.desired.tunnel else None
     text = print_links(view.desired.links) + (print_tunnel(udp) if udp else "")
     return text + (f"{NFT_HEADER}\n{rules}" if rules else "")
+
+
+def render_policy_text(view: NodeView, families: tuple[Family, ...]) -> str:
+    """Return what NetworkPolicies become, as input for nft."""
+    if view.desired.policies is None:
+        raise Usage("--part policy: policy.enabled is false in the configuration; give one with --config")
+    tables = view.desired.policy_tables
+    return "".join(print_table(TableKey(f, POLICY_TABLE), tables[f]) for f in families if f in tables)
 
 
 def _families(view: NodeView, stated: str | None) -> tuple[Family, ...]:

@@ -66,11 +66,17 @@ class Status(msgspec.Struct, frozen=True):
     """Of nftables' sets and maps."""
     servers: int = 0
     """Virtual servers of IPVS."""
+    policies: int = 0
+    """NetworkPolicies that isolate a pod of this node."""
+    isolated: int = 0
+    """Pods of this node that are isolated in some direction."""
     families: tuple[int, ...] = ()
     overlay: str = ""
     engine: str = ""
     """Who wraps packets of backend udp: userspace or kernel."""
     engine_reason: str = ""
+    unguarded: str = ""
+    """Why sources of packets from other nodes are not checked though they should be."""
     finished: tuple[str, ...] = ()
     """Links for which checksums are finished before, by the configuration or because hardware would do them wrong."""
     peers: tuple[PeerStatus, ...] = ()
@@ -167,10 +173,14 @@ def status_lines(status: Status, *, running: bool) -> list[str]:
         engine = f", {status.engine} engine ({status.engine_reason})" if status.engine else ""
         lines.append(f"overlay   {status.overlay}{engine}, {len(status.peers)} peers")
         lines += [f"          {p.node}: {', '.join(p.pod_cidrs)} at {p.public_ip}, {p.reach} ({p.why})" for p in status.peers]
+    if status.unguarded:
+        lines.append(f"          sources of packets from other nodes are NOT checked: {status.unguarded}")
     if status.finished:
         lines.append(f"          tx-checksum is off on {', '.join(status.finished)}")
     if status.lease is not None:
         lines += _lease_lines(status.lease)
+    if status.policies:
+        lines.append(f"policy    {status.policies} NetworkPolicies isolate {status.isolated} pods here")
     for title, items in (
         ("refused", (status.refused,) if status.refused else ()),
         ("pending", status.pending),

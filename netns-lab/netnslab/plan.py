@@ -26,7 +26,9 @@ class Plan(NamedTuple):
     ignored: list[str]
 
 
-def read_plan(topology: str | None, objects: list[str], services: str | None, overlay: str | None) -> Plan:
+def read_plan(
+    topology: str | None, objects: list[str], services: str | None, overlay: str | None, policy: str | None = None
+) -> Plan:
     """Read everything. Raises LabInputError."""
     path = find_topology(topology or DEFAULT)
     load_topology(path)
@@ -36,6 +38,8 @@ def read_plan(topology: str | None, objects: list[str], services: str | None, ov
         raw["description"] = f"made for {', '.join(objects)}"
     _override(raw, "services", "mode", services)
     _override(raw, "overlay", "backend", overlay)
+    if policy is not None:
+        raw["policy"] = {"enabled": True, "mode": policy}
     own = read_objects([str(path.parent / o) for o in raw.get("objects", [])])
     added = read_objects(objects)
     given = {**own.objects, **added.objects}
@@ -48,6 +52,6 @@ def _override(raw: dict[str, Any], table: str, key: str, value: str | None) -> N
     """Put an option over what the file states; the options of another backend go with that."""
     if value is None or raw.get(table, {}).get(key) == value:
         return
-    if table == "overlay" and value not in {"vxlan", "host-gw"}:
-        raise LabInputError(f"--overlay: must be vxlan or host-gw, is {value!r}")
+    if table == "overlay" and value not in {"vxlan", "host-gw", "udp"}:
+        raise LabInputError(f"--overlay: must be vxlan, host-gw or udp, is {value!r}")
     raw[table] = {**{k: v for k, v in raw.get(table, {}).items() if k != "options"}, key: value}

@@ -121,6 +121,7 @@ class Topology(_Table):
     objects: list[str] = []
     cluster: Cluster = msgspec.field(default_factory=Cluster)
     services: dict[str, Any] = {}
+    policy: dict[str, Any] = {}
     overlay: Overlay = msgspec.field(default_factory=Overlay)
     segments: list[Segment] = []
     nodes: list[LabNode] = []

@@ -28,6 +28,7 @@ from netpolicy.blocks import Interval, joined
 from netpolicy.selections import PeerChange
 from netpolicy.table import AllowRule, Direction, PodPolicy, PolicyTable, PortRange, join_ports
 
+PARTS = ("peers", "blocks", "ports", "tuples", "boxes")
 SINGLE_PORTS = 16
 """A range of at most so many ports is written port by port, which costs memory; a larger one costs time when peers change."""
 
@@ -86,7 +87,8 @@ class Group:
         doors = key.doors if key.direction == "ingress" else ((),) * len(rules)
         self._ports = {rule.key: join_ports((*rule.ports, *ports)) for rule, ports in zip(rules, doors, strict=True)}
         self.unions: dict[Family, Union] = {family: self._union(family) for family in (4, 6)}
-        self.says = self._words()
+        self.says = ", ".join("/".join(policy) for policy, _ in key.policies)
+        self.parts = {part: rules for part, rules in self._parts().items() if rules}
 
     def move(self, rule: AllowRule, change: PeerChange) -> dict[Family, tuple[set[int], set[Tuple]]]:
         """Let peers come and go; return the addresses and tuples of each family that may differ now."""
@@ -148,8 +150,22 @@ class Group:
             parts += [Box(b.first, b.last, ports) for ports in self._ports[rule.key] for b in blocks]
         return disjoint(parts)
 
-    def _words(self) -> str:
-        return ", ".join("/".join(policy) for policy, _ in self.key.policies)
+    def _parts(self) -> dict[str, list[AllowRule]]:
+        """Return which rules may ever put something into each part; it follows from what they state, not from who there is."""
+        outward = self.key.direction == "egress"
+        found: dict[str, list[AllowRule]] = {part: [] for part in PARTS}
+        for rule in self.rules.values():
+            ports = self._ports[rule.key]
+            if rule.every_port:
+                found["peers"] += [] if rule.everybody else [rule]
+                found["blocks"] += [rule] if rule.blocks else []
+                continue
+            found["ports"] += [rule] if rule.everybody else []
+            # Ports stated by name lead to tuples of their own when packets leave.
+            found["tuples"] += [rule] if outward or (not rule.everybody and any(map(is_single, ports))) else []
+            large = bool(rule.blocks) or not all(map(is_single, ports))
+            found["boxes"] += [rule] if large and not rule.everybody else []
+        return found
 
 
 def group_key(pod: PodPolicy, direction: Direction, table: PolicyTable) -> GroupKey | None:

@@ -47,6 +47,7 @@ from kernelstate.objects.nftables import (
     Interval,
     JumpChain,
     JumpTo,
+    Key,
     NamedSet,
     NeighbourDiscovery,
     OpensNoConnection,
@@ -58,7 +59,7 @@ from kernelstate.objects.nftables import (
 )
 from netpolicy.compile import PolicyChange
 from netpolicy.render.groups import Group, GroupKey, Tuple, Union, group_key, rules_of
-from netpolicy.table import DIRECTIONS, Direction, PolicyTable, RuleKey
+from netpolicy.table import DIRECTIONS, AllowRule, Direction, PolicyTable, RuleKey
 
 TABLE = "nodeplane-policy"
 NAMES: Mapping[Family, str] = {4: TABLE, 6: TABLE}
@@ -202,7 +203,8 @@ class NftablesPolicyProgram:
                 note.element(f"{group.name}-peers", (address,), None, present=address in union.peers)
             for one in tuples:
                 note.element(f"{group.name}-tuples", _tuple(one), None, present=one in union.tuples)
-            note.set(f"{group.name}-boxes", None, _boxes(union), only_elements=True)
+            if "boxes" in group.parts:
+                note.set(f"{group.name}-boxes", None, _boxes(union), only_elements=True)
 
 
 def render_policies(table: PolicyTable) -> dict[Family, Table]:
@@ -226,36 +228,60 @@ def _empty(family: Family) -> Table:
 
 
 def _sets(group: Group, union: Union) -> dict[str, tuple[NamedSet, dict[ElementKey, Data]]]:
-    """Return a group's sets in one family; all of them, so that peers can come into those that are empty now."""
+    """Return a group's sets in one family: those that its rules may ever fill, so that peers can come."""
+    found: dict[str, tuple[NamedSet, dict[ElementKey, Data]]] = {}
+    for part in group.parts:
+        name, key = f"{group.name}-{part}", _key(group, part)
+        found[name] = (NamedSet(name, key, intervals=part in {"blocks", "ports", "boxes"}), _elements(part, union))
+    return found
+
+
+def _elements(part: str, union: Union) -> dict[ElementKey, Data]:
+    match part:
+        case "peers":
+            return {(address,): None for address in union.peers}
+        case "blocks":
+            return {(Interval(b.first, b.last),): None for b in union.blocks}
+        case "ports":
+            return {(p.protocol.lower(), Interval(p.first, p.last)): None for p in union.ports}
+        case "tuples":
+            return {_tuple(one): None for one in union.tuples}
+        case _:
+            return _boxes(union)
+
+
+def _key(group: Group, part: str) -> Key:
     peer = _PEER[group.key.direction]
-    full = (peer, _PROTO, _DPORT)
-    name = group.name
-    return {
-        f"{name}-peers": (NamedSet(f"{name}-peers", (peer,)), {(a,): None for a in union.peers}),
-        f"{name}-blocks": (
-            NamedSet(f"{name}-blocks", (peer,), intervals=True),
-            {(Interval(b.first, b.last),): None for b in union.blocks},
-        ),
-        f"{name}-ports": (
-            NamedSet(f"{name}-ports", (_PROTO, _DPORT), intervals=True),
-            {(p.protocol.lower(), Interval(p.first, p.last)): None for p in union.ports},
-        ),
-        f"{name}-tuples": (NamedSet(f"{name}-tuples", full), {_tuple(t): None for t in union.tuples}),
-        f"{name}-boxes": (NamedSet(f"{name}-boxes", full, intervals=True), _boxes(union)),
-    }
+    match part:
+        case "peers" | "blocks":
+            return (peer,)
+        case "ports":
+            return (_PROTO, _DPORT)
+        case _:
+            return (peer, _PROTO, _DPORT)
 
 
 def _chain(group: Group, union: Union) -> Chain:
     """Return a group's chain: what lets through, and then nothing more."""
-    who = f"{group.key.direction}: {group.says}"[:_COMMENT]
+    who = _comment(f"{group.key.direction} of pods isolated by {group.says}")
     if union.everything:
         return Chain((Rule((), (ReturnToCaller(),), who),))
-    peer = _PEER[group.key.direction]
-    full = (peer, _PROTO, _DPORT)
-    keys = {"peers": (peer,), "blocks": (peer,), "ports": (_PROTO, _DPORT), "tuples": full, "boxes": full}
     cut = Rule((OpensNoConnection(),), (DropPacket(),), "the rest of a connection that was cut")
-    asks = [Rule((InSet(key, f"{group.name}-{part}"),), (ReturnToCaller(),)) for part, key in keys.items()]
+    asks = [
+        Rule((InSet(_key(group, part), f"{group.name}-{part}"),), (ReturnToCaller(),), _comment(_words(rules)))
+        for part, rules in group.parts.items()
+    ]
     return Chain((cut, *asks, Rule((), (DropPacket(),), who)))
+
+
+def _words(rules: list[AllowRule]) -> str:
+    return " | ".join(f"{'/'.join(rule.key.policy)}[{rule.key.number}] {rule.says}" for rule in rules)
+
+
+def _comment(text: str) -> str:
+    """Cut a comment to what the kernel keeps; quotes would end it."""
+    text = text.replace('"', "'")
+    return text if len(text.encode()) <= _COMMENT else text.encode()[: _COMMENT - 3].decode(errors="ignore") + "..."
 
 
 def _tuple(one: Tuple) -> ElementKey:

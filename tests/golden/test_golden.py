@@ -21,8 +21,10 @@ WRITE = os.environ.get("GOLDEN") == "write"
 def expected_files(folder):
     """Return what a scenario must hold."""
     config = folder / "config.yaml"
-    has_overlay = config.exists() and "overlay:" in config.read_text()
-    return [f"{mode}.txt" for mode in MODES] + (["overlay.txt"] if has_overlay else [])
+    text = config.read_text() if config.exists() else ""
+    if "policy:" in text:
+        return ["policy.txt"]
+    return [f"{mode}.txt" for mode in MODES] + (["overlay.txt"] if "overlay:" in text else [])
 
 
 CASES = [(s, f) for s in SCENARIOS for f in expected_files(HERE / s)]

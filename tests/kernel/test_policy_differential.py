@@ -49,7 +49,7 @@ def test_kernel_meets_oracle(make_netns, family):
 
     @seed(5)
     @hypothesis_settings(
-        max_examples=100,
+        max_examples=50,
         deadline=None,
         database=None,
         phases=[Phase.generate],  # shrinking would go through the kernel for minutes

@@ -97,8 +97,8 @@ def test_overlay_section():
             "services.detectLocal.bridgeInterface: must be set with detectLocalMode BridgeInterface",
         ),
         (
-            node(policy={"enabled": True}),
-            "policy.enabled: NetworkPolicy is not enforced by this version; must be false or left out",
+            node(policy={"enabled": True, "mode": "iptables"}),
+            "policy.mode: must be nftables, is 'iptables'",
         ),
         (node(iptablesVariant="ebtables"), "iptablesVariant: must be auto, legacy or nft, is 'ebtables'"),
         (node(overlay={"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec"}}), "overlay.Backend.Type"),

@@ -87,8 +87,8 @@ def test_wrong_modes_are_refused_before_anything_is_made() -> None:
     topology = parse_topology({"nodes": NODES, "services": {"mode": "nonsense"}}, "f.toml")
     with pytest.raises(LabInputError, match=r"services.mode: must be one of .*'nonsense'"):
         node_config(topology, "n1")
-    with pytest.raises(LabInputError, match="--overlay: must be vxlan or host-gw, is 'udp'"):
-        read_plan(None, [], None, "udp")
+    with pytest.raises(LabInputError, match="--overlay: must be vxlan, host-gw or udp, is 'ipip'"):
+        read_plan(None, [], None, "ipip")
     with pytest.raises(LabInputError, match=r"--topology: must be a TOML file or one of .*three-nodes.*, is 'nope'"):
         read_plan("nope", [], None, None)
 
@@ -129,8 +129,8 @@ def test_a_bad_object_refuses_all(tmp_path: Path) -> None:
 
 def test_names_are_short_and_unique() -> None:
     """A link's name fits the kernel's 15 characters; pods and nodes never share a namespace's name."""
-    assert names.host_veth("default", "web-1") != names.host_veth("default", "web-2")
-    assert max(len(names.host_veth("default", "x" * 250)), len(names.port_link("n" * 40))) <= names.LONGEST_LINK
+    assert names.port_link("n" * 40) != names.port_link("n" * 41)
+    assert len(names.port_link("n" * 40)) <= names.LONGEST_LINK
     assert names.pod_netns("a", "default", "web") == "np-a-default.web"
     assert len(names.pod_netns("a", "default", "x" * 253)) < 255
     with pytest.raises(LabInputError, match=r"--name: must be .*, is 'A_b'"):

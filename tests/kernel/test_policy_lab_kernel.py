@@ -1,0 +1,115 @@
+"""NetworkPolicy across three nodes: for each policy that people write, every pair of nine pods on every port, by real connections."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+import yaml
+from policy_worlds import allowed
+
+from clusterstate.sources.files import load_objects
+from netnslab import state as states
+from netpolicy.oracle import Flow
+
+pytestmark = pytest.mark.kernel
+
+PORTS = (80, 81)
+WORLD = "\n---\n".join(
+    [
+        *(f"{{apiVersion: v1, kind: Namespace, metadata: {{name: {ns}, labels: {{ns: {ns}}}}}}}" for ns in "xyz"),
+        *(
+            f"{{apiVersion: v1, kind: Pod, metadata: {{namespace: {ns}, name: {pod}, labels: {{pod: {pod}}}}}, "
+            f"spec: {{nodeName: node-{1 + number % 3}, containers: [{{name: c, ports: ["
+            f"{{name: web, containerPort: 80}}, {{containerPort: 81}}]}}]}}}}"
+            for number, (ns, pod) in enumerate((ns, pod) for ns in "xyz" for pod in "abc")
+        ),
+    ]
+)
+
+POLICIES = {
+    "default deny of ingress": {"podSelector": {}},
+    "default deny of egress": {"podSelector": {}, "policyTypes": ["Egress"]},
+    "allow all": {"podSelector": {}, "ingress": [{}]},
+    "only from pods of its namespace": {"podSelector": {}, "ingress": [{"from": [{"podSelector": {}}]}]},
+    "only from a namespace and a pod": {
+        "podSelector": {"matchLabels": {"pod": "a"}},
+        "ingress": [
+            {"from": [{"namespaceSelector": {"matchLabels": {"ns": "y"}}, "podSelector": {"matchLabels": {"pod": "b"}}}]}
+        ],
+    },
+    "one port by name, another from one namespace": {
+        "podSelector": {},
+        "ingress": [
+            {"ports": [{"port": "web"}]},
+            {"from": [{"namespaceSelector": {"matchLabels": {"ns": "z"}}}], "ports": [{"port": 81}]},
+        ],
+    },
+    "out to one namespace, in from all but a block": {
+        "podSelector": {"matchExpressions": [{"key": "pod", "operator": "NotIn", "values": ["c"]}]},
+        "policyTypes": ["Ingress", "Egress"],
+        "egress": [{"to": [{"namespaceSelector": {"matchLabels": {"ns": "x"}}}], "ports": [{"port": 80, "endPort": 81}]}],
+        "ingress": [{"from": [{"ipBlock": {"cidr": "10.244.0.0/16", "except": ["10.244.2.0/24"]}}]}],
+    },
+}
+
+
+def nodeplane(*args: str, stdin: str | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "nodeplane", "lab", *args], capture_output=True, text=True, timeout=90, check=False, input=stdin
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[str]:
+    """Bring up three nodes with the nine pods, policies enforced."""
+    name = f"t{os.getpid()}-{secrets.token_hex(2)}"
+    objects = tmp_path_factory.mktemp("policies") / "world.yaml"
+    objects.write_text(WORLD)
+    try:
+        nodeplane("up", "--name", name, "--policy", "nftables", "--objects", str(objects))
+        yield name
+    finally:
+        nodeplane("down", "--name", name)
+
+
+@pytest.mark.parametrize("spec", POLICIES.values(), ids=list(POLICIES))
+def test_truth_table(cluster, tmp_path, spec):
+    """Exactly the connections come about that the policy lets through, from every pod to every pod on both ports."""
+    policy = tmp_path / "policy.yaml"
+    metadata = {"name": "policy", "namespace": "x"}
+    policy.write_text(
+        yaml.safe_dump({"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata, "spec": spec})
+    )
+    nodeplane("apply", "--name", cluster, "-f", str(policy))
+    nodeplane("wait", "--name", cluster)
+    pods = [f"{ns}/{pod}" for ns in "xyz" for pod in "abc"]
+    asked = [(one, other, port) for one in pods for other in pods for port in PORTS]
+    got = probe(cluster, tmp_path, asked)
+    assert got == {question: expected(cluster, *question) for question in asked}
+    assert True in got.values()
+    nodeplane("delete", "--name", cluster, "-f", str(policy))
+
+
+def probe(name: str, tmp_path: Path, asked: list[tuple[str, str, int]]) -> dict[tuple[str, str, int], bool]:
+    file = tmp_path / "probes.json"
+    file.write_text(json.dumps([{"from": a, "to": b, "port": port, "protocol": "TCP"} for a, b, port in asked]))
+    answers = json.loads(nodeplane("probe", "--name", name, "--probes", str(file), "-o", "json"))
+    return {question: answer["connected"] for question, answer in zip(asked, answers, strict=True)}
+
+
+def expected(name: str, source: str, destination: str, port: int) -> bool:
+    """Judge a connection straight from the objects that the agents have."""
+    snapshot, errors = load_objects([states.LABS / name / "objects"])
+    assert errors == ()
+    ends = [snapshot.pods[tuple(end.split("/"))].ips[0] for end in (source, destination)]
+    return "deny" not in allowed(snapshot, Flow(ip_address(ends[0]), ip_address(ends[1]), "TCP", port))
