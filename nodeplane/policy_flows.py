@@ -2,8 +2,8 @@
 
     change of policy --> tracked flows of pods whose policies changed --> judged by the oracle, as new ones --> denied: entry deleted
 
-The chain of an isolated pod drops what belongs to no connection and opens none, so that the rest of a cut TCP connection cannot
-pass for a new one. Both ends notice it by their own time-outs, as with a network that went away.
+What comes from or to an isolated pod, belongs to no connection and opens none is dropped, so that the rest of a cut TCP connection
+cannot pass for a new one, whichever end goes on. Both notice it by their own time-outs, as with a network that went away.
 """
 
 from __future__ import annotations

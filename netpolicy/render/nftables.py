@@ -4,6 +4,8 @@
         ct state established,related accept          replies, and all that follows: nothing below costs them anything
         icmpv6 neighbour discovery accept
         ip saddr . ip daddr @self accept             a pod that reaches itself
+        tcp flags without a SYN, ip saddr @isolated drop     the rest of a connection that was cut, whoever goes on speaking
+        tcp flags without a SYN, ip daddr @isolated drop
         ip saddr vmap @egress                        10.244.1.7 : jump out-6f1c...   may it leave?
         fib saddr type local accept                  from this node
         ip daddr vmap @ingress                       10.244.1.9 : jump in-90b3...    may it come in?
@@ -11,7 +13,6 @@
         ct state established,related accept; neighbour discovery; ip saddr vmap @egress
 
     in-90b3...      the chain of a group of pods (groups.py)
-        tcp flags without a SYN drop                 the rest of a connection that was cut
         ip saddr @in-90b3...-peers return            peers on every port            return: this direction lets it through
         ip saddr @in-90b3...-blocks return
         meta l4proto . th dport @in-90b3...-ports return
@@ -70,6 +71,7 @@ _PEER: dict[Direction, Field] = {"ingress": _SADDR, "egress": _DADDR}
 _MAPS = {
     "egress": NamedSet("egress", (_SADDR,), "verdict", comment="pods here that may not send everything"),
     "ingress": NamedSet("ingress", (_DADDR,), "verdict", comment="pods here that may not be sent everything"),
+    "isolated": NamedSet("isolated", (_SADDR,), comment="pods here that are isolated in some direction"),
     "self": NamedSet("self", (_SADDR, _DADDR), comment="pods here, each beside itself"),
 }
 _KNOWN = (Rule((CtState(("established", "related")),), (AcceptPacket(),)), Rule((NeighbourDiscovery(),), (AcceptPacket(),)))
@@ -158,6 +160,7 @@ class NftablesPolicyProgram:
             note.forget_if_unused(before.chain)
         isolated = any(self._at.get((way, address)) for way in DIRECTIONS)
         note.element("self", (number, number), None, present=isolated)
+        note.element("isolated", (number,), None, present=isolated)
 
     # -- what is written for a group -----------------------------------------------------------------------------------
 
@@ -218,11 +221,15 @@ def _empty(family: Family) -> Table:
     """Return a table that holds nobody back."""
     known = _KNOWN if family == 6 else _KNOWN[:1]
     itself = Rule((InSet((_SADDR, _DADDR), "self"),), (AcceptPacket(),))
+    cut = [
+        Rule((OpensNoConnection(), InSet((end,), "isolated")), (DropPacket(),), "the rest of a connection that was cut")
+        for end in (_SADDR, _DADDR)
+    ]
     own_node = Rule((FibLocal("saddr"),), (AcceptPacket(),), "from this node")
     comes_in = Rule((), (VerdictMap((_DADDR,), "ingress"),))
     chains = {
-        "postrouting": Chain((*known, itself, _LEAVES, own_node, comes_in), Hook("filter", "postrouting", 95)),
-        "input": Chain((*known, _LEAVES), Hook("filter", "input", 101)),
+        "postrouting": Chain((*known, itself, *cut, _LEAVES, own_node, comes_in), Hook("filter", "postrouting", 95)),
+        "input": Chain((*known, cut[0], _LEAVES), Hook("filter", "input", 101)),
     }
     return Table(chains, dict(_MAPS), {name: {} for name in _MAPS})
 
@@ -266,12 +273,11 @@ def _chain(group: Group, union: Union) -> Chain:
     who = _comment(f"{group.key.direction} of pods isolated by {group.says}")
     if union.everything:
         return Chain((Rule((), (ReturnToCaller(),), who),))
-    cut = Rule((OpensNoConnection(),), (DropPacket(),), "the rest of a connection that was cut")
     asks = [
         Rule((InSet(_key(group, part), f"{group.name}-{part}"),), (ReturnToCaller(),), _comment(_words(rules)))
         for part, rules in group.parts.items()
     ]
-    return Chain((cut, *asks, Rule((), (DropPacket(),), who)))
+    return Chain((*asks, Rule((), (DropPacket(),), who)))
 
 
 def _words(rules: list[AllowRule]) -> str:

@@ -1,0 +1,94 @@
+"""A policy changes under open connections: those that it forbids are cut in both directions, those that it allows go on."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+import pytest
+from immutables import Map
+from service_node import ServiceNode, end_of, pod_ip
+
+from clusterstate.objects import LabelSelector, NetworkPolicy, Pod, PolicyPeer, PolicyPort, PolicyRule, Requirement
+from clusterstate.snapshot import Snapshot
+from kernelstate.linux import netns
+from kernelstate.linux.conntrack import Conntrack
+from kernelstate.linux.nftables import NftablesPort
+from kernelstate.reconcile_nftables import NftablesReconciler
+from netpolicy.compile import PolicyCompiler
+from netpolicy.render.nftables import NAMES, NftablesPolicyProgram
+from nodeplane.policy_flows import PolicyFlows
+
+pytestmark = pytest.mark.kernel
+
+PODS = {
+    ("ns", f"p{i}"): Pod("ns", f"p{i}", "n1", (ip_address(pod_ip(i)), ip_address(pod_ip(i, 6))), labels=Map({"pod": f"p{i}"}))
+    for i in (1, 2, 3)
+}
+
+
+def let_in(*names: str) -> Snapshot:
+    """Return a cluster in which only these reach p1, on TCP and UDP port 80."""
+    peer = PolicyPeer(LabelSelector((Requirement("pod", "In", names),)))
+    rule = PolicyRule((peer,), (PolicyPort("TCP", 80), PolicyPort("UDP", 80)))
+    subject = LabelSelector((Requirement("pod", "In", ("p1",)),))
+    policy = NetworkPolicy("ns", "np", subject, ingress=(rule,))
+    return Snapshot(pods=Map(PODS), policies=Map({("ns", "np"): policy}))
+
+
+class Enforcer:
+    """What an agent does with policies, one cluster after the other, inside the node."""
+
+    def __init__(self, node: str) -> None:
+        self.node = node
+        self.compiler, self.program = PolicyCompiler("n1"), NftablesPolicyProgram()
+        with netns.inside(node):
+            self.port, self.flows = NftablesPort(), PolicyFlows(Conntrack())
+        self.reconciler = NftablesReconciler(self.port, NAMES, "policies")
+
+    def take(self, snapshot: Snapshot) -> int:
+        change = self.compiler.update(snapshot, None)
+        self.reconciler.set_desired(self.program.tables, self.program.update(self.compiler.table, change))
+        self.flows.take(self.compiler.table, change)
+        with netns.inside(self.node):
+            assert self.reconciler.sync().errors == ()
+            report = self.flows.sync(frozenset())
+        assert report.errors == ()
+        return report.changed
+
+
+@pytest.fixture
+def rig(make_netns):
+    made = ServiceNode(make_netns, 3)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_cut_and_kept(rig, family):
+    """Of two open connections the one that is no longer allowed is silent from then on, whoever speaks; the other goes on."""
+    enforcer = Enforcer(rig.node)
+    try:
+        enforcer.take(let_in("p2", "p3"))
+        server = rig.listen(1, 80, family)
+        pairs = {}
+        for number in (2, 3):
+            client = rig.connect(rig.pods[number], pod_ip(1, family), 80)
+            pairs[number] = client, rig.accept(server)
+            client.sendall(b"hello")
+            assert pairs[number][1].recv(100) == b"hello"
+        assert enforcer.take(let_in("p3")) == 1, "one flow is cut, and the other not touched"
+        kept, cut = pairs[3], pairs[2]
+        cut[1].sendall(b"from the server")
+        cut[0].sendall(b"from the client")
+        assert end_of(cut[0], 0.4) == "silence"
+        assert end_of(cut[1], 0.4) == "silence"
+        kept[1].sendall(b"still here")
+        assert kept[0].recv(100) == b"still here"
+        fresh = rig.socket(rig.pods[2], family)
+        fresh.settimeout(0.4)
+        with pytest.raises(TimeoutError):
+            fresh.connect((pod_ip(1, family), 80))
+        assert enforcer.take(let_in("p2", "p3")) == 0
+        cut[0].sendall(b"again")
+    finally:
+        enforcer.port.close()
