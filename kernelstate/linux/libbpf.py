@@ -1,11 +1,12 @@
-"""BPF objects through the system's libbpf by ctypes: loading, maps, pins, and attaching to a link's traffic.
+"""BPF objects through the system's libbpf by ctypes: loading, finding again, maps, and running a program by hand.
 
-    object file --libbpf--> programs and maps --pin--> files of a bpffs, which outlive us
-                                |
-                                '-- attach: a tcx link (Linux 6.6), or a filter of the link's clsact queue
+    object file --libbpf--> programs --hold--> maps
+                               ^                 ^
+          whoever they are attached to holds     '-- by their numbers, from the program: nothing has to be pinned to be found again
 
-Links are those of the calling thread's network namespace. Nothing here knows what a program does. What is not pinned ends with
-its descriptor, except filters, which end with their queue. Source: libbpf 1.1 bpf.h and libbpf.h, include/uapi/linux/bpf.h.
+Knows descriptors and bytes; where a program is attached is for ``bpf_attach.py``, what it does for its callers. Nothing here
+depends on a network namespace, except a program that is run by hand. Source: libbpf 1.1 bpf.h and libbpf.h,
+include/uapi/linux/bpf.h.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ BATCH = 4096
 """Elements that one system call reads or writes."""
 INFO_BYTES = 256
 """More than any info struct of today's kernels; they fill what they know."""
+NAME = 16
+MOST_MAPS = 16
+_MAP_NAME_AT, _PROGRAM_NAME_AT = 24, 64
+"""Bytes into struct bpf_map_info and struct bpf_prog_info."""
+_MAP_NUMBERS, _MAP_NUMBERS_AT = struct.Struct("=IQ"), 52  # nr_map_ids, map_ids
 
 
 class Options(ctypes.Structure):
@@ -42,7 +48,7 @@ class _BatchOptions(Options):
     _fields_ = (("sz", ctypes.c_size_t), ("elem_flags", ctypes.c_uint64), ("flags", ctypes.c_uint64))
 
 
-class TestRun(Options):
+class RunOptions(Options):
     """libbpf's ``struct bpf_test_run_opts``."""
 
     _fields_ = (
@@ -90,10 +96,6 @@ class Descriptor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def pin(self, path: Path) -> None:
-        """Keep it under a name in a bpffs. Raises KernelRefusedError."""
-        check(library().bpf_obj_pin(self.fd, os.fsencode(path)), "pin", str(path))
-
     def info(self) -> bytes:
         """Return the kernel's info struct of its kind. Raises KernelRefusedError."""
         buffer, length = ctypes.create_string_buffer(INFO_BYTES), ctypes.c_uint32(INFO_BYTES)
@@ -102,17 +104,29 @@ class Descriptor:
 
 
 class Program(Descriptor):
-    """A loaded program."""
+    """A loaded program; its name is the C function's."""
 
     @functools.cached_property
     def number(self) -> int:
         """The kernel's number for it: ``bpftool prog show id``."""
         return int(struct.unpack_from("=II", self.info())[1])
 
+    def maps(self) -> dict[str, Map]:
+        """Return the maps that it uses, by name; the caller closes them. Raises KernelRefusedError."""
+        numbers = (ctypes.c_uint32 * MOST_MAPS)()
+        buffer = ctypes.create_string_buffer(INFO_BYTES)
+        _MAP_NUMBERS.pack_into(buffer, _MAP_NUMBERS_AT, MOST_MAPS, ctypes.addressof(numbers))
+        length = ctypes.c_uint32(INFO_BYTES)
+        check(library().bpf_obj_get_info_by_fd(self.fd, buffer, ctypes.byref(length)), "look at", self.name)
+        count = min(_MAP_NUMBERS.unpack_from(buffer, _MAP_NUMBERS_AT)[0], MOST_MAPS)
+        found = (_by_number(library().bpf_map_get_fd_by_id, number) for number in numbers[:count])
+        maps = [Map(fd, "") for fd in found if fd is not None]
+        return {one.name: one for one in maps}
+
     def run(self, packet: bytes, repeat: int = 1) -> Ran:
         """Let it look at a packet (at least an Ethernet header, 14 bytes). Raises KernelRefusedError."""
         out = ctypes.create_string_buffer(len(packet) + 256)
-        options = TestRun(data_in=packet, data_size_in=len(packet), repeat=repeat)
+        options = RunOptions(data_in=packet, data_size_in=len(packet), repeat=repeat)
         options.data_out, options.data_size_out = ctypes.cast(out, ctypes.c_void_p), len(out)
         check(library().bpf_prog_test_run_opts(self.fd, ctypes.byref(options)), "run", self.name)
         return Ran(options.retval, out.raw[: options.data_size_out], options.duration)
@@ -122,8 +136,11 @@ class Map(Descriptor):
     """A map; keys and values are bytes of the sizes its C types have."""
 
     def __init__(self, fd: int, name: str) -> None:
+        """``name`` empty: the kernel's, of which it keeps 15 characters."""
         super().__init__(fd, name)
-        _, _, self.key_size, self.value_size = struct.unpack_from("=4I", self.info())
+        info = self.info()
+        _, self.number, self.key_size, self.value_size = struct.unpack_from("=4I", info)
+        self.name = name or _text(info, _MAP_NAME_AT)
 
     def __setitem__(self, key: bytes, value: bytes) -> None:
         check(library().bpf_map_update_elem(self.fd, key, value, ctypes.c_uint64(BPF_ANY)), "write map", self.name)
@@ -163,7 +180,10 @@ class Map(Descriptor):
         size = BATCH
         place, is_first, done = ctypes.create_string_buffer(max(self.key_size, 4)), True, 0
         while done == 0:
-            keys, values = ctypes.create_string_buffer(size * self.key_size), ctypes.create_string_buffer(size * self.value_size)
+            keys, values = (
+                ctypes.create_string_buffer(size * self.key_size),
+                ctypes.create_string_buffer(size * self.value_size),
+            )
             number = ctypes.c_uint32(size)
             done = library().bpf_map_lookup_batch(
                 self.fd, None if is_first else place, place, keys, values, ctypes.byref(number), ctypes.byref(_BatchOptions())
@@ -173,7 +193,9 @@ class Map(Descriptor):
                 continue
             if done != -errno.ENOENT:  # which is the end
                 check(done, "read map", self.name)
-            found.update(zip(_cut(keys.raw, self.key_size, number.value), _cut(values.raw, self.value_size, number.value), strict=True))
+            found.update(
+                zip(_cut(keys.raw, self.key_size, number.value), _cut(values.raw, self.value_size, number.value), strict=True)
+            )
             is_first = False
         return found
 
@@ -224,13 +246,26 @@ class BpfObject:
         return Map(os.dup(found), name)
 
 
-def open_pin(path: Path) -> int | None:
-    """Return a descriptor of what is pinned at a path; None if nothing is. Raises KernelRefusedError."""
-    done = int(library().bpf_obj_get(os.fsencode(path)))
+def program_by_number(number: int) -> Program | None:
+    """Return a descriptor of a loaded program; None if there is none of that number. Raises KernelRefusedError."""
+    fd = _by_number(library().bpf_prog_get_fd_by_id, number)
+    if fd is None:
+        return None
+    program = Program(fd, f"program {number}")
+    program.name = _text(program.info(), _PROGRAM_NAME_AT)
+    return program
+
+
+def _by_number(get: Any, number: int) -> int | None:
+    done = int(get(number))
     if done == -errno.ENOENT:
         return None
-    check(min(done, 0), "open pin", str(path))
+    check(min(done, 0), "open", f"number {number}")
     return done
+
+
+def _text(info: bytes, at: int) -> str:
+    return info[at : at + NAME].split(b"\0")[0].decode()
 
 
 def check(result: int, operation: str, what: str) -> None:
@@ -258,5 +293,3 @@ def library() -> Any:
     lib.libbpf_set_print.restype = ctypes.c_void_p
     lib.libbpf_set_print(None)
     return lib
-
-

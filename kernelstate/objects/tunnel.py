@@ -2,10 +2,15 @@
 
     pod 10.244.1.5 --> flannel0 --> which peer has 10.244.2.0/24? --> [IP 192.168.1.1->.2 | UDP 8285 | the packet itself] --> eth0
 
+    peers, own pods, the pod network --> places: the longest prefix that holds an address tells whose it is
+                                     --> nodes: the outer addresses of peers
+
 Who keeps a process or the kernel's programs at this is for ``reconcile_forwarder.py`` and ``reconcile_tunnel.py``.
 """
 
 from __future__ import annotations
+
+from enum import IntEnum
 
 import msgspec
 
@@ -52,3 +57,23 @@ class TunnelState(msgspec.Struct, frozen=True):
 
     udp: UdpTunnel | None = None
     guard: SourceGuard | None = None
+
+
+class Whose(IntEnum):
+    """Whose pods have a prefix; the numbers are those of packetpath/bpf/places.h."""
+
+    PEER = 1
+    OWN = 2
+    NETWORK = 3
+    """Nobody's that is known: part of the pod network."""
+
+
+class Place(msgspec.Struct, frozen=True):
+    """A prefix in the programs' table; ``node`` is the peer's outer address."""
+
+    prefix: Prefix
+    whose: Whose
+    node: IPAddress | None = None
+
+    def __str__(self) -> str:
+        return f"{self.prefix} {self.node or self.whose.name.lower()}"

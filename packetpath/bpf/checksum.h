@@ -44,8 +44,9 @@ always_inline int sum_up(struct __sk_buff *skb, __u32 start, __u32 bytes, __u32 
 		__u32 chunk[CHUNK / 4] = {};
 		__u32 n = left < CHUNK ? left : CHUNK;
 
-		asm volatile("" : "+r"(n)); /* keep the bound where the verifier sees it */
-		if (n < 1 || n > CHUNK || bpf_skb_load_bytes(skb, at, chunk, n))
+		asm volatile("" : "+r"(n)); /* lest clang leave out the next line, by which the verifier sees that n is 1 to CHUNK */
+		n = ((n - 1) & (CHUNK - 1)) + 1;
+		if (bpf_skb_load_bytes(skb, at, chunk, n))
 			return -1;
 		sum = bpf_csum_diff(0, 0, chunk, CHUNK, folded(sum));
 		at += n;

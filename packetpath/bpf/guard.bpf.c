@@ -36,6 +36,7 @@ struct tunnel {
 };
 
 struct settings {
+	__u8 build[8]; /* as in udp.bpf.c */
 	struct tunnel tunnels[TUNNELS];
 	__u32 count;
 	__u32 uplink; /* interface index */
@@ -201,7 +202,7 @@ always_inline int check(struct __sk_buff *skb, const struct settings *s, const _
 }
 
 SEC("tc")
-int guard(struct __sk_buff *skb)
+int np_guard(struct __sk_buff *skb)
 {
 	const __u32 only = 0;
 	const struct settings *s = bpf_map_lookup_elem(&settings, &only);

@@ -36,9 +36,11 @@ enum {
 
 #define HEARD 3000000000ULL /* nanoseconds for which a peer is known to unwrap in its kernel */
 #define REFRESH 500000000ULL
+#define SPARE 8 /* bytes more than the outer headers: `unwrap_summed` */
 #define SOURCE_PORTS 0xc000 /* from 49152 on, the dynamic ports of RFC 6335, by the flow's hash: for ECMP and queues */
 
 struct settings {
+	__u8 build[8]; /* of which version of this file the programs are: for those who find them later */
 	struct address local4, local6; /* outer source; zero: no tunnel in this family */
 	__u32 uplink, tunnel;	       /* interface indices */
 	__be16 port;
@@ -93,7 +95,7 @@ always_inline int read_packet(const void *start, struct packet *p, const int v6)
 	} else {
 		const struct iphdr *ip = start;
 
-		if (ip->version != 4 || ip->ihl < 5)
+		if (ip->version != 4 || ip->ihl < 5 || bpf_ntohs(ip->tot_len) < ip->ihl * 4)
 			return 0;
 		*p = (struct packet){mapped(ip->saddr), mapped(ip->daddr), bpf_ntohs(ip->tot_len), ip->protocol, ip->ttl, ip->ihl == 5, 0};
 		p->fragment = !!(ip->frag_off & bpf_htons(IP_FRAGMENT));
@@ -148,7 +150,7 @@ always_inline int fits(struct __sk_buff *skb, const struct settings *s, const st
 
 	if (mtu + l3 + 8 > 0xffff)
 		return 0;
-	if (bpf_check_mtu(skb, s->uplink, &mtu, l3 + 8, 0) < 0)
+	if (bpf_check_mtu(skb, s->uplink, &mtu, l3 + 8, 0))
 		return 0;
 	if (!size)
 		return 1; /* else the call would have said no */
@@ -230,7 +232,7 @@ always_inline int encapsulate(struct __sk_buff *skb, const struct settings *s, c
 	if (!(v6 ? s->local6.word[0] : s->local4.word[3]) || !(start = reach(skb, l2 + l3)) || !read_packet(start + l2, &p, v6))
 		return passed_on(PASSED_OUT);
 	place = place_of(&p.to);
-	if (!place || place->kind != PEER || p.hops <= 1 || !fits(skb, s, &p, l2, l3))
+	if (!place || place->kind != PEER || p.hops <= 1 || (!skb->gso_size && p.bytes > bytes) || !fits(skb, s, &p, l2, l3))
 		return passed_on(PASSED_OUT);
 	if (!is_trusted(s, &place->node)) {
 		done = finish(skb, &p, l2, l3);
@@ -267,7 +269,7 @@ always_inline int encap_family(struct __sk_buff *skb, const struct settings *s, 
 }
 
 SEC("tc")
-int encap(struct __sk_buff *skb)
+int np_udp_encap(struct __sk_buff *skb)
 {
 	const struct settings *s = get_settings();
 
@@ -309,6 +311,19 @@ always_inline int hop_in(struct __sk_buff *skb, const __u32 start, const struct 
 	}
 }
 
+/* Unwrap a packet whose outer checksum may have been left unfinished by a virtual link. The kernel would go on believing that it
+ * has to be finished, at a place that is gone; it forgets that when what is taken off reaches beyond the place (checksum.h), which
+ * is the UDP header's start, seen from behind the Ethernet header's length: 8 bytes more do. */
+always_inline int unwrap_summed(struct __sk_buff *skb, const __u32 l2, const __u32 room)
+{
+	__u8 saved[SPARE];
+
+	return bpf_skb_load_bytes(skb, l2 + room, saved, SPARE) ||
+	       bpf_skb_adjust_room(skb, -(__s32)(room + SPARE), BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO) ||
+	       bpf_skb_adjust_room(skb, SPARE, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO) ||
+	       bpf_skb_store_bytes(skb, l2, saved, SPARE, BPF_F_RECOMPUTE_CSUM);
+}
+
 always_inline int decapsulate(struct __sk_buff *skb, const struct settings *s, const __u32 l2, const int v6)
 {
 	const __u32 l3 = v6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr), room = l3 + sizeof(struct udphdr);
@@ -319,7 +334,7 @@ always_inline int decapsulate(struct __sk_buff *skb, const struct settings *s, c
 	__u32 payload;
 	__u16 check;
 	void *start;
-	int whole;
+	int whole, summed;
 
 	start = reach(skb, l2 + room);
 	if (!start)
@@ -329,22 +344,22 @@ always_inline int decapsulate(struct __sk_buff *skb, const struct settings *s, c
 	if (!read_packet(start, &outer, v6) || outer.protocol != IPPROTO_UDP || !outer.plain || outer.fragment ||
 	    udp->dest != s->port || !same(&outer.to, v6 ? &s->local6 : &s->local4))
 		return NEXT;
+	node = bpf_map_lookup_elem(&nodes, &outer.from);
+	if (!node)
+		return dropped(UNKNOWN_PEER);
 	start = reach(skb, l2 + room + l3);
 	if (!start)
 		return dropped(MALFORMED);
 	start += l2;
 	udp = start + l3;
 	payload = bpf_ntohs(udp->len) - sizeof *udp;
-	node = bpf_map_lookup_elem(&nodes, &outer.from);
-	if (!node)
-		return dropped(UNKNOWN_PEER);
 	if (!read_packet(start + room, &inner, v6))
 		return dropped(MALFORMED);
 	if (skb->gso_size) {
 		payload = skb->len - l2 - room; /* a superpacket's outer lengths are settled when it is cut */
 		if (inner.bytes != payload)
 			return passed_on(PASSED_IN); /* several datagrams that GRO made one for the forwarder's socket */
-	} else if (outer.bytes > skb->len - l2 || payload > outer.bytes - room || inner.bytes > payload || inner.bytes < l3) {
+	} else if (outer.bytes > skb->len - l2 || payload > outer.bytes - room || inner.bytes > payload) {
 		return dropped(MALFORMED);
 	}
 	place = place_of(&inner.from);
@@ -352,12 +367,15 @@ always_inline int decapsulate(struct __sk_buff *skb, const struct settings *s, c
 		return dropped(WRONG_SOURCE);
 	if (inner.hops <= 1)
 		return passed_on(PASSED_IN);
-	whole = learn(node, !udp->check, !!skb->gso_size);
+	summed = !!udp->check;
+	if (summed && inner.bytes < l3 + SPARE)
+		return passed_on(PASSED_IN); /* the kernel wants an IP header's worth of bytes to remain */
+	whole = learn(node, !summed, !!skb->gso_size);
 	check = v6 ? 0 : ((struct iphdr *)(start + room))->check;
 	if (hop_in(skb, l2 + room, &inner, check, v6))
 		return dropped(MALFORMED);
 	count(RECEIVED_PACKETS, segments(skb, payload));
-	if (bpf_skb_adjust_room(skb, -(__s32)room, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
+	if (summed ? unwrap_summed(skb, l2, room) : bpf_skb_adjust_room(skb, -(__s32)room, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
 		return dropped(MALFORMED);
 	count(RECEIVED_BYTES, payload);
 	if (s->merge && inner.protocol == IPPROTO_TCP && !whole)
@@ -375,7 +393,7 @@ always_inline int decap_family(struct __sk_buff *skb, const struct settings *s, 
 }
 
 SEC("tc")
-int decap(struct __sk_buff *skb)
+int np_udp_decap(struct __sk_buff *skb)
 {
 	const struct settings *s = get_settings();
 
@@ -386,7 +404,7 @@ int decap(struct __sk_buff *skb)
 
 /* At the far end of the way that merges segments: what comes out there has come in through the tunnel. */
 SEC("tc")
-int arrive(struct __sk_buff *skb __attribute__((unused)))
+int np_udp_arrive(struct __sk_buff *skb __attribute__((unused)))
 {
 	const struct settings *s = get_settings();
 

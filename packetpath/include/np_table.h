@@ -32,6 +32,7 @@ struct np_table {
     uint32_t group_count;
     uint32_t address_mask;
     uint32_t *addresses; /* outer addresses, each once: index of a peer that has it + 1 */
+    struct np_address own[2]; /* the TUN's, IPv4 and IPv6, which ICMP errors come from; family 0: none */
 };
 
 static inline uint32_t np_hash(const uint8_t *bytes, uint32_t seed) {

@@ -166,7 +166,7 @@ static const char *publish(struct server *s) {
     if (table == NULL) {
         return "no memory for the table";
     }
-    np_refresh(s->f); /* the TUN may have been given its address only now */
+    np_find_own(s->f, table); /* the TUN may have been given its address only now */
     np_exchange(s->f, table);
     return NULL;
 }
@@ -253,7 +253,9 @@ static void hand_over(struct server *s) {
         return;
     }
     fprintf(stderr, "nodeplane-udp: %s\n", problem);
-    s->done = np_start_workers(s->f) != NULL;
+    if (np_start_workers(s->f) != NULL) {
+        atomic_store(&s->f->failure, EAGAIN);
+    }
 }
 
 static void serve(struct server *s, struct client *c) {
@@ -347,8 +349,12 @@ int np_serve(struct np_forwarder *f, const char *path, struct np_peer *peers, ui
     sigaddset(&signals, SIGINT);
     pthread_sigmask(SIG_BLOCK, &signals, NULL); /* workers inherit it: signals come here alone */
     int signal_fd = signalfd(-1, &signals, SFD_CLOEXEC);
-    atomic_store(&f->table, np_table_make(peers, count));
-    problem = atomic_load(&f->table) == NULL ? "no memory for the table" : np_start_workers(f);
+    struct np_table *table = np_table_make(peers, count);
+    if (table != NULL) {
+        np_find_own(f, table);
+    }
+    atomic_store(&f->table, table);
+    problem = table == NULL ? "no memory for the table" : np_start_workers(f);
     int listener = problem == NULL ? listen_at(path) : -1;
     if (listener < 0) {
         fprintf(stderr, "nodeplane-udp: %s: %s\n", path, problem ? problem : strerror(errno));

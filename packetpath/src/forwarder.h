@@ -1,6 +1,6 @@
 /* The forwarder's parts and what they share.
  *
- *   main.c      arguments, start, end          worker.c    packets: one thread for each queue of the TUN
+ *   main.c      arguments, start, end          worker.c    one thread for each queue of the TUN; leave.c, arrive.c: its packets
  *   control.c   the control socket             sockets.c   TUN queues, UDP sockets, descriptors of a process that is replaced
  *
  * Workers share nothing that is written on their way: the table is exchanged whole, counters are each worker's own.
@@ -50,12 +50,10 @@ struct np_forwarder {
     uint16_t port;
     bool has_local[2];
     struct sockaddr_storage local[2]; /* outer addresses of this node, IPv4 and IPv6 */
-    uint8_t own[2][16];               /* the TUN's own addresses, for ICMP */
-    bool has_own[2];
-    uint32_t mtu;
     int queues;
     struct np_worker workers[NP_MAX_QUEUES];
     int send[2][NP_SPREAD];
+    int raw[2]; /* ICMP errors to pods leave here: from the TUN the kernel takes no packet with an address of its own as source */
     _Atomic(struct np_table *) table;
     atomic_uint_least64_t generation;
     atomic_bool stopping, no_gso;
@@ -67,7 +65,7 @@ struct np_forwarder {
 /* sockets.c. Each returns a message for people, NULL for done. */
 const char *np_open(struct np_forwarder *f, const char *take_over_from, struct np_peer **peers, uint32_t *count);
 const char *np_hand_over(struct np_forwarder *f, int client);
-void np_refresh(struct np_forwarder *f);
+void np_find_own(const struct np_forwarder *f, struct np_table *table);
 
 /* worker.c */
 const char *np_start_workers(struct np_forwarder *f);

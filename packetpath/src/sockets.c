@@ -31,6 +31,7 @@
 #define TUN_F_USO6 0x40
 #endif
 #define BUFFER (8 << 20)
+#define WAITING 2000 /* packets in a queue of the TUN: a worker that waits 10 ms for a core loses none of 200,000 a second */
 #define MAX_DESCRIPTORS (3 * NP_MAX_QUEUES)
 
 static char words[512];
@@ -65,6 +66,20 @@ static const char *set_offloads(struct np_forwarder *f, int queue) {
         return say("set offloads", f->tun);
     }
     return NULL;
+}
+
+/* Lets more packets wait than the 500 of a new TUN. One that may not be changed stays as it is. */
+static void lengthen_queues(const struct np_forwarder *f) {
+    struct ifreq request = {0};
+    int sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    memcpy(request.ifr_name, f->tun, sizeof f->tun);
+    if (sock >= 0 && ioctl(sock, SIOCGIFTXQLEN, &request) == 0 && request.ifr_qlen < WAITING) {
+        request.ifr_qlen = WAITING;
+        ioctl(sock, SIOCSIFTXQLEN, &request);
+    }
+    if (sock >= 0) {
+        close(sock);
+    }
 }
 
 static const char *open_socket(const struct sockaddr_storage *local, uint16_t port, bool receives, int *sock) {
@@ -242,16 +257,9 @@ const char *np_hand_over(struct np_forwarder *f, int client) {
 
 /* -- opening ------------------------------------------------------------------------------------------------------- */
 
-/* Finds the TUN's addresses, which ICMP errors come from, and its MTU. */
-void np_refresh(struct np_forwarder *f) {
+/* Tells a table the TUN's addresses; a link-local one would mean nothing to a pod. */
+void np_find_own(const struct np_forwarder *f, struct np_table *table) {
     struct ifaddrs *all, *one;
-    struct ifreq request = {0};
-    int sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    memcpy(request.ifr_name, f->tun, sizeof f->tun);
-    f->mtu = sock >= 0 && ioctl(sock, SIOCGIFMTU, &request) == 0 ? (uint32_t)request.ifr_mtu : 1472;
-    if (sock >= 0) {
-        close(sock);
-    }
     if (getifaddrs(&all) < 0) {
         return;
     }
@@ -259,12 +267,13 @@ void np_refresh(struct np_forwarder *f) {
         if (one->ifa_addr == NULL || strcmp(one->ifa_name, f->tun) != 0) {
             continue;
         }
+        const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)one->ifa_addr;
         if (one->ifa_addr->sa_family == AF_INET) {
-            memcpy(f->own[0], &((struct sockaddr_in *)one->ifa_addr)->sin_addr, 4);
-            f->has_own[0] = true;
-        } else if (one->ifa_addr->sa_family == AF_INET6 && !IN6_IS_ADDR_LINKLOCAL(&((struct sockaddr_in6 *)one->ifa_addr)->sin6_addr)) {
-            memcpy(f->own[1], &((struct sockaddr_in6 *)one->ifa_addr)->sin6_addr, 16);
-            f->has_own[1] = true;
+            table->own[0].family = 4;
+            memcpy(table->own[0].bytes, &((const struct sockaddr_in *)one->ifa_addr)->sin_addr, 4);
+        } else if (one->ifa_addr->sa_family == AF_INET6 && !IN6_IS_ADDR_LINKLOCAL(&in6->sin6_addr)) {
+            table->own[1].family = 6;
+            memcpy(table->own[1].bytes, &in6->sin6_addr, 16);
         }
     }
     freeifaddrs(all);
@@ -318,6 +327,9 @@ const char *np_open(struct np_forwarder *f, const char *take_over_from, struct n
             }
         }
     }
-    np_refresh(f);
+    /* IPPROTO_RAW: whole packets are sent, nothing is received. One that may not be opened costs pods their ICMP errors, no more. */
+    f->raw[0] = socket(AF_INET, SOCK_RAW | SOCK_CLOEXEC, IPPROTO_RAW);
+    f->raw[1] = socket(AF_INET6, SOCK_RAW | SOCK_CLOEXEC, IPPROTO_RAW);
+    lengthen_queues(f);
     return NULL;
 }
