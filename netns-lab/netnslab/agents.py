@@ -57,7 +57,7 @@ def node_config(topology: Topology, node: str, mode: str = "") -> dict[str, Any]
         "nodeName": node,
         "services": {**services, **topology.services, **({"mode": mode} if mode else {})},
         "overlay": overlay,
-        "policy": {"enabled": False},
+        "policy": topology.policy or {"enabled": False},
     }
     try:
         parse_config(config)

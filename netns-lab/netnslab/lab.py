@@ -16,7 +16,7 @@ import msgspec
 from clusterstate.objects import ObjectRef, Pod
 from clusterstate.parse import parse_object
 from kernelstate.linux import netns
-from netnslab import agents, answering, names, processes, wiring
+from netnslab import agents, answering, attaching, names, processes, wiring
 from netnslab import state as states
 from netnslab.controlplane import complete
 from netnslab.errors import LabError, LabInputError
@@ -70,8 +70,9 @@ def _make(state: LabState, objects: Given, say: Say, timeout: float) -> None:
     _publish(state, objects)
     say(f"{len(state.topology.nodes)} agents starting")
     started = agents.start(state, [n.name for n in state.topology.nodes])
-    say(f"{len(state.pods)} pods")
-    wiring.make_pods(state, state.pods)
+    say(f"{len(state.pods)} pods to attach")
+    attaching.make_pods(state, state.pods, started)
+    say(f"{len(state.pods)} pods attached")
     for line in (*answering.serve(state, state.pods), *answering.start_commands(state, state.pods)):
         say(f"warning: {line}")
     last = [-1]
@@ -209,7 +210,7 @@ def _put_into_effect(state: LabState, given: Given, memory: Memory, change: Chan
     state.save()
     change.warnings += answering.serve(state, [p for p in wanted if p not in new])
     remove_pods(state, gone)
-    wiring.make_pods(state, new)
+    attaching.make_pods(state, new)
     change.warnings += answering.serve(state, wanted)
     change.warnings += answering.start_commands(state, new)
     state.pods, state.unfinished = wanted, []
@@ -224,13 +225,11 @@ def _is_another(old: LabPod, new: LabPod) -> bool:
 
 
 def remove_pods(state: LabState, pods: Iterable[LabPod]) -> None:
-    """End pods' processes and let go of their namespaces; the cables go with these."""
+    """End pods' processes, detach them and let go of their namespaces."""
     pods = list(pods)
     if pods:
         answering.stop_pods(state, pods)
-    for pod in pods:
-        if not pod.host_network:
-            netns.delete(pod.netns)
+        attaching.remove_pods(state, pods)
 
 
 # -- plans and objects -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@
                         nodes/<node>/flannel        /run/flannel
                         nodes/<node>/xtables.lock   /run/xtables.lock   (nodes do not wait for each other's iptables)
                         nodes/<node>/lib            /var/lib/nodeplane
+                        nodes/<node>/cni            /var/lib/cni
     sysfs of the host                               /sys              (of the node's network namespace, as `ip netns exec` does)
 
 Nothing of it is to be seen on the host: no mount point is made there, and the mounts end with the last process. Mounts made on
@@ -43,7 +44,7 @@ class NodeView(msgspec.Struct, frozen=True):
 
     def make(self) -> None:
         """Make the directories, once."""
-        for part in ("run/objects", "flannel", "lib", "staging"):
+        for part in ("run/objects", "flannel", "lib", "cni", "staging"):
             (self.node_dir / part).mkdir(parents=True, exist_ok=True)
         (self.node_dir / "xtables.lock").touch()
 
@@ -56,7 +57,7 @@ class NodeView(msgspec.Struct, frozen=True):
             "xtables.lock": self.node_dir / "xtables.lock",
         }
         # /var/lib first: the sources lie below /run, and are hidden once that is covered.
-        _cover(Path("/var/lib"), {"nodeplane": self.node_dir / "lib"}, self.node_dir / "staging")
+        _cover(Path("/var/lib"), {"nodeplane": self.node_dir / "lib", "cni": self.node_dir / "cni"}, self.node_dir / "staging")
         _cover(Path("/run"), own, self.node_dir / "staging")
 
 

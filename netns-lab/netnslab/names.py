@@ -46,11 +46,6 @@ def segment_netns(lab: str, segment: str) -> str:
     return f"np-{lab}-segment-{segment}"
 
 
-def host_veth(namespace: str, pod: str) -> str:
-    """Name the node's end of a pod's veth pair, as CNI plugins do: a fixed prefix and a hash of the pod."""
-    return f"veth{_digest(f'{namespace}/{pod}')}"
-
-
 def port_link(text: str) -> str:
     """Name a bridge's port after what is plugged in."""
     return text if len(text) <= LONGEST_LINK else f"port{_digest(text)}"

@@ -7,6 +7,7 @@
         nodes/<node>/
             run/              the node's /run/nodeplane: config.yaml, status.json, objects/ (mounted)
             flannel/ lib/     the node's /run/flannel and /var/lib/nodeplane
+            cni/              the node's /var/lib/cni: what the CNI plugins keep
             agent.log         responder.log
 
 The directory itself is the lock: whoever changes a lab holds flock(2) on it. A process that dies lets go of it.

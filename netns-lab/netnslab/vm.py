@@ -184,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("this host's kernel has IPVS" if has_ipvs() else vm_kernel.fetch().image)
             return 0
         size = Size(cpus=given.cpus, memory_mb=given.memory, icount=given.icount)
-        return _run_for_a_person(given.command or ["bash"], size, given.timeout)
+        command = given.command[given.command[:1] == ["--"] :]
+        return _run_for_a_person(command or ["bash"], size, given.timeout)
     except LabError as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""The cables of a lab: segments, router, nodes and pods, laid through netlink, in namespaces only.
+"""The cables of a lab: segments, router and nodes, laid through netlink, in namespaces only.
 
     .-- np-L-segment-lan --.      .-- np-L-node-1 ---------------------------.     .-- np-L-default.web-1 --.
     |  br0 --- node-1 -----|------|- eth0 192.168.50.11      veth5e1f... ----|-----|- eth0 10.244.1.2/32    |
@@ -9,16 +9,14 @@
                '------------------|- lan  .1        |   one leg in each segment; forwards between them,
                                   '-----------------'   and knows no pod: what crosses it must be the overlay's
 
-Pods have no bridge (no cni0): each hangs on a veth of its own, and the node *routes* to it, as Calico and ptp do it. The gateway
-169.254.1.1 (fe80::1) exists nowhere; a permanent neighbour entry gives it the MAC address of the node's end.
-
-Decides what is connected to what. Routes and tunnels between nodes are the agents' work; addresses were dealt out before.
+Decides what is connected to what. Pods are hung on their nodes by the CNI plugin (``attaching``); routes and tunnels between nodes are
+the agents' work; addresses were dealt out before.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -29,16 +27,11 @@ from kernelstate.errors import KernelRefusedError
 from kernelstate.linux import netns
 from netnslab import names
 from netnslab.errors import LabError
-from netnslab.state import LabPod, LabState
+from netnslab.state import LabState
 from netnslab.topology import EXTERNAL_HOST, ROUTER_HOST, Segment, host_address
-from overlay.mtu import UDP_OVERHEAD, VXLAN_OVERHEAD
 
-GATEWAY = {4: "169.254.1.1", 6: "fe80::1"}
 DEFAULT_ROUTE = {4: "0.0.0.0/0", 6: "::/0"}
-FULL = {4: 32, 6: 128}
-NUD_PERMANENT, SCOPE_LINK, IFA_F_NODAD = 0x80, 253, 0x02
-OVERHEAD: Mapping[str, Mapping[int, int]] = {"vxlan": VXLAN_OVERHEAD, "udp": UDP_OVERHEAD}
-"""Bytes a backend puts around each packet, by family; an agent that wrote subnet.env knows better."""
+IFA_F_NODAD = 0x02
 
 
 def _in(namespace: str, function: Callable[[Any], None]) -> None:
@@ -152,74 +145,3 @@ def _veth(ip: Any, near: str, mtu: int, namespace: str, far: str) -> None:
 def _add_address(ip: Any, index: int, address: str, length: str | int) -> None:
     flags = {"flags": IFA_F_NODAD} if ":" in address else {}
     ip.addr("add", index=index, address=address, prefixlen=int(length), **flags)
-
-
-# -- pods ------------------------------------------------------------------------------------------------------------
-
-
-def pod_mtu(state: LabState, node: str) -> int:
-    """Return the MTU of a node's pods: the agent's word in subnet.env, else what the backend leaves of the segment's."""
-    file = state.node_dir(node) / "flannel/subnet.env"
-    if file.exists():
-        for line in file.read_text().splitlines():
-            key, _, value = line.partition("=")
-            if key == "FLANNEL_MTU" and value.isdigit():
-                return int(value)
-    segment = next(s for n in state.topology.nodes if n.name == node for s in [state.topology.segment(n.segment)])
-    overhead = OVERHEAD.get(state.topology.overlay.backend, {})
-    return segment.mtu - max(overhead.get(family, 0) for family in state.topology.families)
-
-
-def make_pods(state: LabState, pods: Sequence[LabPod]) -> None:
-    """Make the namespaces and cables of pods that are not in their host's network; one netlink socket per node and pod."""
-    own = [p for p in pods if not p.host_network]
-    for pod in own:
-        netns.create(pod.netns)
-        _sysctls(pod.netns, forward=False)
-    for node in sorted({p.node for p in own}):
-        _make_pods_of(state, node, [p for p in own if p.node == node])
-
-
-def _make_pods_of(state: LabState, node: str, pods: Sequence[LabPod]) -> None:
-    mtu = pod_mtu(state, node)
-    macs: dict[str, tuple[str, str]] = {}
-
-    def node_side(ip: Any) -> None:
-        for pod in pods:
-            veth = names.host_veth(pod.namespace, pod.name)
-            _veth(ip, veth, mtu, pod.netns, "eth0")
-            ip.link("set", index=_index(ip, veth), state="up")
-            macs[pod.key] = (_mac(ip, veth), "")
-
-    _in(state.node_netns(node), node_side)
-    for pod in pods:
-        _in(pod.netns, lambda ip, pod=pod: macs.update({pod.key: (macs[pod.key][0], _pod_side(ip, pod, macs[pod.key][0]))}))  # type: ignore[misc]
-
-    def routes(ip: Any) -> None:
-        for pod in pods:
-            index = _index(ip, names.host_veth(pod.namespace, pod.name))
-            for address in pod.ips:
-                full = FULL[ip_address(address).version]
-                ip.neigh("replace", dst=address, lladdr=macs[pod.key][1], ifindex=index, state=NUD_PERMANENT)
-                ip.route("add", dst=f"{address}/{full}", oif=index, scope=SCOPE_LINK if full == 32 else 0)
-
-    _in(state.node_netns(node), routes)
-
-
-def _mac(ip: Any, name: str) -> str:
-    return str(ip.link("get", ifname=name)[0].get_attr("IFLA_ADDRESS"))
-
-
-def _pod_side(ip: Any, pod: LabPod, gateway_mac: str) -> str:
-    """Give a pod's eth0 its addresses and its way out; return its MAC address."""
-    index = _index(ip, "eth0")
-    ip.link("set", index=index, state="up")
-    for address in pod.ips:
-        family = ip_address(address).version
-        gateway = GATEWAY[family]
-        _add_address(ip, index, address, FULL[family])
-        ip.neigh("replace", dst=gateway, lladdr=gateway_mac, ifindex=index, state=NUD_PERMANENT)
-        if family == 4:
-            ip.route("add", dst=f"{gateway}/32", oif=index, scope=SCOPE_LINK)
-        ip.route("add", dst=DEFAULT_ROUTE[family], gateway=gateway, oif=index)
-    return _mac(ip, "eth0")
