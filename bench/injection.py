@@ -28,7 +28,8 @@ from pathlib import Path
 
 import msgspec
 
-from bench.bpf import BpfObject, build
+from bench.bpf import Generator, build
+from kernelstate.errors import KernelRefusedError
 from kernelstate.linux import netns
 
 SOURCE = Path(__file__).parent / "injector" / "flows.bpf.c"
@@ -43,6 +44,8 @@ SYN, SYN_ACK, ACK = 0x02, 0x12, 0x10
 _CLIENT_SEQUENCE, _SERVER_SEQUENCE = 1_000_000, 2_000_000
 _DELAY = 1.0
 """Seconds until packets on their way are given up."""
+_LINKS_UP = 20.0
+"""Seconds until links that do not come up are given up; the kernel notes it within one, on a busy machine in two."""
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -103,7 +106,20 @@ def open_road(injector: Injector, address: str) -> Iterator[Road]:
         with netns.inside(road.far):
             for link in ("in-far", "out-far"):
                 injector.attach(link)
+        _await_links(road)
         yield road
+
+
+def _await_links(road: Road) -> None:
+    """Wait until the node's links have a queue: what is sent before the kernel has noted that they are up is dropped."""
+    until = time.monotonic() + _LINKS_UP
+    while True:
+        links = msgspec.json.decode(netns.run(road.node, ["ip", "-json", "link", "show", "type", "veth"]))
+        if all(link["operstate"] == "UP" for link in links):
+            return
+        if time.monotonic() > until:
+            raise KernelRefusedError("set up", f"links of {road.node}", f"not up after {_LINKS_UP:g} s")
+        time.sleep(0.01)
 
 
 def _links(road: Road, address: str) -> str:
@@ -124,7 +140,7 @@ route add default via 10.254.0.2 dev out onlink
 class Injector:
     """Makes packets and counts them; use ``open_injector``. One run at a time."""
 
-    def __init__(self, program: BpfObject) -> None:
+    def __init__(self, program: Generator) -> None:
         self._program = program
         self._flow = 0
         """Number of the next flow that nobody has used: 256 source addresses with 64,000 ports each."""
@@ -145,7 +161,7 @@ class Injector:
         number, self._flow = self._flow, self._flow + 1
         first = _segment(IN_MAC, target.port, SYN, (_CLIENT_SEQUENCE, 0))
         _arrived(self._send(road, "in", Plan(first, number), target, 1), "SYN")
-        *_, endpoint = SEEN.unpack(self._program.read("sightings", SEEN.size))
+        *_, endpoint = SEEN.unpack(self._program.read("sightings"))
         client, port = _client(number)
         answer = _segment(OUT_MAC, port, SYN_ACK, (_SERVER_SEQUENCE, _CLIENT_SEQUENCE + 1))
         plan = Plan(answer, (target.arrival_port - 1024) << 8, first_source=endpoint)
@@ -165,7 +181,7 @@ class Injector:
             cpu = self._program.inject("generate", link, _FRAME, count)
         until = time.monotonic() + _DELAY
         while True:
-            arrived, elsewhere, *_ = SEEN.unpack(self._program.read("sightings", SEEN.size))
+            arrived, elsewhere, *_ = SEEN.unpack(self._program.read("sightings"))
             if arrived + elsewhere >= count or time.monotonic() > until:
                 return Sent(cpu, count, arrived, elsewhere)
             time.sleep(0.001)  # ksoftirqd has the rest; the count is read again until it is complete or given up
@@ -200,7 +216,7 @@ def open_injector() -> Iterator[Injector]:
     """Build and load the generator and the sink. Raises MissingFeatureError, KernelRefusedError."""
     with (
         tempfile.TemporaryDirectory(prefix="nodeplane-bench-") as directory,
-        BpfObject(build(SOURCE, Path(directory))) as program,
+        Generator(build(SOURCE, Path(directory))) as program,
     ):
         yield Injector(program)
 

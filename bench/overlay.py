@@ -6,8 +6,9 @@
     MTU                what a pod is told; packets of that size cross unfragmented, or the benchmark fails
 
 Each way (``overlay_paths.py``) is a pair of nodes of its own. All are there at the same time and are measured in turn, round after
-round; a figure is the median of the rounds. First over an underlay that passes packets of 64 KiB as they are, then over one that
-segments (``overlay_rig.py``). A claim is the median of the rounds' ratios of two ways: a round is one moment of the machine.
+round: first over an underlay that passes packets of 64 KiB as they are, then over one that segments (``overlay_rig.py``). A figure is
+the median of the half of the rounds in which other programs took the least of the machine. A claim is the median of such rounds'
+ratios of two ways: a round is one moment of the machine.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 import msgspec
 
 from bench.kernel import may_use_kernel
-from bench.overlay_load import Busy, Flood, Generator, Pings, Stream, open_generator
+from bench.overlay_load import Flood, Generator, Pings, Stream, open_generator, quieter_half
 from bench.overlay_nodes import Programmed, Way
 from bench.overlay_paths import HOST_GW, VXLAN, WAYS
 from bench.overlay_rig import Rig, attach_routed, drops, open_rig, segmenting
@@ -47,6 +48,11 @@ class Round(msgspec.Struct, frozen=True):
     flood: Flood
     pings: Pings
     dropped: int
+
+    @property
+    def others(self) -> float:
+        """How many CPUs other programs took, of two kinds of traffic together."""
+        return self.stream.others + self.flood.others
 
 
 class Lane(msgspec.Struct):
@@ -122,7 +128,6 @@ def measure(_options: Options, rounds: int = ROUNDS, times: Times = Times()) -> 
         with contextlib.ExitStack() as undo:
             generator = undo.enter_context(open_generator())
             lanes = [_open(undo, generator, way) for way in ways_here()]
-            before = Busy.now()
             for _ in range(rounds):
                 _round(generator, lanes, SUPERPACKETS, times)
             with contextlib.ExitStack() as hardware:
@@ -130,8 +135,7 @@ def measure(_options: Options, rounds: int = ROUNDS, times: Times = Times()) -> 
                     hardware.enter_context(segmenting(lane.rig))
                 for _ in range(rounds):
                     _round(generator, lanes, SEGMENTING, times)
-            after = Busy.now()
-            return [*_rows(lanes), *_counters(lanes), *_claims(lanes), *_noise(lanes, before, after)]
+            return [*_rows(lanes), *_counters(lanes), *_claims(lanes), *_noise(lanes)]
     except KernelStateError as error:
         raise Failed(f"overlay: {error}") from error
 
@@ -198,7 +202,11 @@ def _row(lane: Lane, underlay: str, figure: Figure) -> Row:
 
 
 def _median(lane: Lane, underlay: str, figure: Figure) -> float:
-    return median([figure.of(one) for one in lane.rounds[underlay]])
+    return median([figure.of(one) for one in _quiet(lane.rounds[underlay])])
+
+
+def _quiet(rounds: Sequence[Round]) -> list[Round]:
+    return quieter_half(rounds, lambda one: one.others)
 
 
 def _counters(lanes: Sequence[Lane]) -> Iterator[Row]:
@@ -214,19 +222,21 @@ def _claims(lanes: Sequence[Lane]) -> Iterator[Row]:
     for claim in CLAIMS:
         if claim.way in by_name and claim.other in by_name:
             for underlay in claim.underlays:
-                pairs = zip(by_name[claim.way].rounds[underlay], by_name[claim.other].rounds[underlay], strict=True)
-                value = median([claim.figure.of(one) / claim.figure.of(other) for one, other in pairs])
+                value = _ratio(by_name[claim.way].rounds[underlay], by_name[claim.other].rounds[underlay], claim.figure)
                 params: dict[str, Param] = {"underlay": underlay, "at most" if claim.at_most else "at least": claim.target}
                 yield Row(f"claim: {claim.way} to {claim.other}", "overlay", params, claim.figure.metric, value, "times")
 
 
-def _noise(lanes: Sequence[Lane], before: Busy, after: Busy) -> Iterator[Row]:
-    """Say how far rounds were apart, and how much of the machine others had meanwhile."""
-    spreads = []
-    for lane in lanes:
-        for rounds in lane.rounds.values():
-            values = [one.stream.gbits for one in rounds]
-            spreads.append(max(values) / median(values))
-    yield Row("noise", "overlay", {}, "best round to median of TCP throughput, at most", max(spreads), "times")
-    everybody = (after.cpu - before.cpu) / (after.wall - before.wall)
-    yield Row("noise", "overlay", {}, "CPUs in use by everybody, on average", everybody, "")
+def _ratio(rounds: Sequence[Round], others: Sequence[Round], figure: Figure) -> float:
+    """Return the median of the rounds' ratios, of the half of the rounds in which others took the least."""
+    pairs = quieter_half(list(zip(rounds, others, strict=True)), lambda pair: pair[0].others + pair[1].others)
+    return median([figure.of(one) / figure.of(other) for one, other in pairs])
+
+
+def _noise(lanes: Sequence[Lane]) -> Iterator[Row]:
+    """Say how far the rounds that count were apart, and how much of the machine others had in them."""
+    quiet = [_quiet(rounds) for lane in lanes for rounds in lane.rounds.values()]
+    spread = max(max(one.stream.gbits for one in rounds) / median([one.stream.gbits for one in rounds]) for rounds in quiet)
+    yield Row("noise", "overlay", {}, "best round to median of TCP throughput, at most", spread, "times")
+    others = [share for rounds in quiet for one in rounds for share in (one.stream.others, one.flood.others)]
+    yield Row("noise", "overlay", {}, "CPUs taken by others, median", median(others), "")

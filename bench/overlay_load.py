@@ -17,14 +17,17 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from bench.overlay_rig import Rig
 from kernelstate.linux import netns
 from nodeplane.commands import Failed
+
+T = TypeVar("T")
 
 SOURCE = Path(__file__).parent / "load" / "load.c"
 PORT = 5201
@@ -36,12 +39,16 @@ _IP_UDP = 28
 
 
 class Stream(msgspec.Struct, frozen=True):
-    """One TCP connection: bytes that arrived, nanoseconds from the first to the last, what was sent again, CPU nanoseconds."""
+    """One TCP connection: bytes that arrived, nanoseconds from the first to the last, what was sent again, CPU nanoseconds.
+
+    ``others``: how many CPUs the machine's other programs took meanwhile, on average.
+    """
 
     bytes: int
     ns: int
     retransmits: int
     cpu: int
+    others: float
 
     @property
     def gbits(self) -> float:
@@ -55,17 +62,30 @@ class Stream(msgspec.Struct, frozen=True):
 
 
 class Flood(msgspec.Struct, frozen=True):
-    """Small packets as fast as they can be sent: how many were, how many arrived, within how many nanoseconds, CPU nanoseconds."""
+    """Small packets as fast as they can be sent: how many were, how many arrived, within how many nanoseconds, CPU nanoseconds.
+
+    ``receiving`` is the part of the CPU time that the receiver took. ``others`` as of a stream.
+    """
 
     sent: int
     received: int
     ns: int
     cpu: int
+    receiving: int
+    others: float
 
     @property
     def kpps(self) -> float:
         """Thousands of packets that arrived each second."""
         return 1e6 * self.received / self.ns
+
+    @property
+    def carried(self) -> float:
+        """Thousands of packets that arrived for each second of CPU time before the receiver.
+
+        Where the sender carries each packet to the far pod by itself, this is ``kpps`` of a machine with nothing else to do.
+        """
+        return 1e6 * self.received / (self.cpu - self.receiving)
 
     @property
     def lost(self) -> float:
@@ -95,21 +115,17 @@ class Generator:
 
     def stream(self, rig: Rig, milliseconds: int, forwarders: Sequence[int] = ()) -> Stream:
         """Send one TCP stream from pod to pod; ``forwarders`` are the processes on its way. Raises Failed."""
-        before = cpu_of(forwarders)
-        sent, got = self._run(rig, "stream", [str(milliseconds)])
-        cpu = sent["cpu"] + got["cpu"] + cpu_of(forwarders) - before
+        sent, got, cpu, others = self._measured(rig, "stream", [str(milliseconds)], forwarders)
         if not got["bytes"]:
             raise Failed(f"{rig.a.pod} to {rig.b.pod_ip}: a TCP connection, but no data on it")
-        return Stream(got["bytes"], got["ns"], sent["retransmits"], cpu)
+        return Stream(got["bytes"], got["ns"], sent["retransmits"], cpu, others)
 
     def flood(self, rig: Rig, milliseconds: int, forwarders: Sequence[int] = ()) -> Flood:
         """Send small UDP packets from pod to pod. Raises Failed, also if none arrives."""
-        before = cpu_of(forwarders)
-        sent, got = self._run(rig, "flood", [str(milliseconds), str(SMALL)])
-        cpu = sent["cpu"] + got["cpu"] + cpu_of(forwarders) - before
+        sent, got, cpu, others = self._measured(rig, "flood", [str(milliseconds), str(SMALL)], forwarders)
         if got["packets"] < 2:
             raise Failed(f"{rig.a.pod} to {rig.b.pod_ip}: {got['packets']} of {sent['packets']} UDP packets arrived")
-        return Flood(sent["packets"], got["packets"], got["ns"], cpu)
+        return Flood(sent["packets"], got["packets"], got["ns"], cpu, got["cpu"], others)
 
     def ping(self, rig: Rig, milliseconds: int, payload: int = SMALL) -> Pings:
         """Send one UDP packet at a time, each after the answer to the last. Raises Failed, also if none is answered."""
@@ -121,6 +137,16 @@ class Generator:
     def largest(self, rig: Rig, mtu: int) -> None:
         """Send packets of exactly ``mtu`` bytes to and fro that must not be fragmented. Raises Failed when they do not cross."""
         self.ping(rig, 20, mtu - _IP_UDP)
+
+    def _measured(
+        self, rig: Rig, kind: str, words: Sequence[str], forwarders: Sequence[int]
+    ) -> tuple[dict[str, int], dict[str, int], int, float]:
+        """Return what both ends say, the CPU nanoseconds of the traffic, and the CPUs that others took."""
+        cpu, busy = cpu_of(forwarders), Busy.now()
+        sent, got = self._run(rig, kind, words)
+        cpu, everybody = cpu_of(forwarders) - cpu, Busy.now().since(busy)
+        cpu += sent["cpu"] + got["cpu"]
+        return sent, got, cpu, max(0.0, everybody.cpu - cpu / 1e9) / everybody.wall
 
     def _run(self, rig: Rig, kind: str, words: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
         """Start who listens, then who sends, and return what each has to say."""
@@ -159,6 +185,11 @@ def compile_c(source: Path, program: Path) -> Path:
     if done.returncode:
         raise Failed(f"{source.name}: {done.stderr.strip()}")
     return program
+
+
+def quieter_half(runs: Sequence[T], others: Callable[[T], float]) -> list[T]:
+    """Return the half of the runs, and the one in the middle, in which others took the least of the machine."""
+    return sorted(runs, key=others)[: (len(runs) + 1) // 2]
 
 
 def _answer(process: subprocess.Popen[str], what: str) -> dict[str, int]:
@@ -215,3 +246,7 @@ class Busy(msgspec.Struct, frozen=True):
             int(v) for v in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8]
         )
         return cls(time.monotonic(), (user + nice + system + irq + softirq) / 100)
+
+    def since(self, before: Busy) -> Busy:
+        """Return what has passed since another moment."""
+        return Busy(self.wall - before.wall, self.cpu - before.cpu)

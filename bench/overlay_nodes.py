@@ -16,12 +16,17 @@ from immutables import Map
 
 from bench.overlay_rig import NETWORK, End, Rig
 from clusterstate.objects import Node, NodeAddress
-from kernelstate.linux import netns
+from kernelstate.errors import KernelStateError
+from kernelstate.linux import bpf_tunnel, netns
+from kernelstate.linux.bpf_tunnel import LinuxTunnel
 from kernelstate.linux.links import LinuxLinks, uplink_facts
 from kernelstate.objects.links import LinkState
+from kernelstate.objects.tunnel import TunnelState
 from kernelstate.ports import SyncReport
 from kernelstate.reconcile_links import LinkReconciler
+from kernelstate.reconcile_tunnel import TunnelReconciler
 from nodeplane.commands import Failed
+from nodeplane.host_kernel import FORWARDER
 from overlay.compile import compile_peers
 from overlay.netconf import Backend, NetConf
 from overlay.registry.nodes import read_nodes
@@ -75,6 +80,35 @@ def bring_links(end: End, state: LinkState) -> None:
     with links_of(end) as reconciler:
         reconciler.set_desired(state)
         bring(end, reconciler.sync)
+
+
+PROGRAMS = FORWARDER.parent
+"""Where the programs for the kernel were built to."""
+
+
+def missing_programs() -> str:
+    """Say why programs of ours cannot be in this kernel; empty if they can."""
+    try:
+        return bpf_tunnel.missing(PROGRAMS)
+    except KernelStateError as error:
+        return str(error)
+
+
+def bring_programs(undo: contextlib.ExitStack, end: End, state: TunnelState) -> LinuxTunnel | None:
+    """Have programs put at the node's links, taken off at the end; None, and nothing done, where the kernel cannot have them.
+
+    Raises Failed.
+    """
+    if missing_programs():
+        return None
+    with netns.inside(end.node):
+        programs = LinuxTunnel(PROGRAMS)
+    undo.callback(programs.close)
+    reconciler = TunnelReconciler(programs)
+    undo.callback(bring, end, reconciler.cleanup)
+    reconciler.set_desired(state)
+    bring(end, reconciler.sync)
+    return programs
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@
     plain loop         flannel's kind of forwarder: one packet a system call
     fou                Linux' own IP in UDP, the same on the wire as udp; few kernels have it
 
-Each has its own MTU, as pods would be told it.
+Each has its own MTU, as pods would be told it. Ours have the source guard at the uplink, where the kernel can run it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import contextlib
 import subprocess
 from collections.abc import Callable, Sequence
 
-from bench.overlay_nodes import Programmed, Way, bring_links, peer_table
+from bench.overlay_nodes import Programmed, Way, bring_links, bring_programs, peer_table
 from bench.overlay_rig import UNDERLAY_MTU, UPLINK, Rig, batch
 from bench.overlay_udp import PORT, UDP_WAYS
 from kernelstate.linux import netns
 from kernelstate.objects.links import LinkState
+from kernelstate.objects.tunnel import TunnelState
 from overlay.mtu import UDP_OVERHEAD
 from overlay.netconf import Backend, HostGwBackend, VxlanBackend
+from overlay.render.guard import render_guard
 from overlay.render.hostgw import render_hostgw
 from overlay.render.vxlan import render_vxlan
 from overlay.table import PeerTable
@@ -36,18 +38,19 @@ def _routing(_undo: contextlib.ExitStack, rig: Rig) -> Programmed:
     return Programmed(UNDERLAY_MTU)
 
 
-def _host_gw(_undo: contextlib.ExitStack, rig: Rig) -> Programmed:
-    return _by_links(rig, HostGwBackend(), render_hostgw)
+def _host_gw(undo: contextlib.ExitStack, rig: Rig) -> Programmed:
+    return _by_links(undo, rig, HostGwBackend(), render_hostgw)
 
 
-def _vxlan(_undo: contextlib.ExitStack, rig: Rig) -> Programmed:
-    return _by_links(rig, VxlanBackend(), render_vxlan)
+def _vxlan(undo: contextlib.ExitStack, rig: Rig) -> Programmed:
+    return _by_links(undo, rig, VxlanBackend(), render_vxlan)
 
 
-def _by_links(rig: Rig, backend: Backend, render: Callable[[PeerTable], LinkState]) -> Programmed:
+def _by_links(undo: contextlib.ExitStack, rig: Rig, backend: Backend, render: Callable[[PeerTable], LinkState]) -> Programmed:
     tables = [peer_table(end, rig, backend) for end in rig.ends]
     for end, table in zip(rig.ends, tables, strict=True):
         bring_links(end, render(table))
+        bring_programs(undo, end, TunnelState(guard=render_guard(table)))
     return Programmed(tables[0].mtu)
 
 

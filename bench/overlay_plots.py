@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
 from bench.result import Row, number
 
 COLOURS = {"superpackets": "#1f6fb4", "segmenting": "#e0812b", "": "#1f6fb4"}
@@ -25,10 +27,10 @@ def draw_overlay(figure: Any, rows: Sequence[Row]) -> None:
 
 
 def draw_attachment(figure: Any, rows: Sequence[Row]) -> None:
-    """Draw packets and their cost by attachment, and the claim."""
+    """Draw packets by attachment, and the claim."""
     left, middle, right = figure.subplots(1, 3)
-    _bars(left, rows, "64-byte packets")
-    _bars(middle, rows, "CPU for a 64-byte packet")
+    _bars(left, rows, "64-byte packets for a CPU second")
+    _bars(middle, rows, "64-byte packets")
     _claims(right, rows)
 
 
@@ -63,7 +65,11 @@ def _claims(axes: Any, rows: Sequence[Row]) -> None:
         axes.annotate(words, (max(row.value, target), i), (4, -3), textcoords="offset points", fontsize=7.5)
     labels = [f"{row.name.removeprefix('claim: ')}\n{row.metric}{_underlay(row)}" for row in claims]
     axes.set_yticks(range(len(claims)), labels, fontsize=6.5)
-    axes.set_xlim(0, 1.7 * max(max(row.value, _target(row)) for row in claims) if claims else 1)
+    axes.set_xscale("log")
+    ends = [end for row in claims for end in (row.value, _target(row))] or [1.0]
+    axes.set_xlim(min(ends) / 3, max(ends) * 12)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(max(len(claims), 5) - 0.5, -0.5)
     axes.tick_params(axis="x", labelsize=8)
     axes.set_title("claims: ratio, and target as line", fontsize=10)

@@ -12,20 +12,24 @@ import contextlib
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from bench.overlay_load import compile_c, last_words
-from bench.overlay_nodes import Programmed, Way, bring, bring_links, peer_table
+from bench.overlay_nodes import Programmed, Way, bring, bring_links, bring_programs, missing_programs, peer_table
 from bench.overlay_rig import NETWORK, UNDERLAY_MTU, End, Rig, batch
 from kernelstate.linux import netns
 from kernelstate.linux.forwarder import LinuxForwarder
 from kernelstate.linux.forwarder_control import Control
+from kernelstate.objects.tunnel import TunnelState
 from kernelstate.reconcile_forwarder import ForwarderReconciler
+from kernelstate.tunnel_tables import Kind
 from nodeplane.commands import Failed
 from nodeplane.host_kernel import FORWARDER
 from overlay.mtu import UDP_OVERHEAD
-from overlay.netconf import UdpBackend
+from overlay.netconf import Engine, UdpBackend
+from overlay.render.guard import render_guard
 from overlay.render.udp import LINK, render_udp, render_udp_tunnel
 from overlay.table import PeerTable
 
@@ -35,9 +39,27 @@ LOOP_SOURCE = Path(__file__).parent / "baseline" / "flannel_loop.c"
 
 
 def _userspace(undo: contextlib.ExitStack, rig: Rig) -> Programmed:
-    tables = [peer_table(end, rig, UdpBackend(engine="userspace")) for end in rig.ends]
-    running = [_forward(undo, end, table) for end, table in zip(rig.ends, tables, strict=True)]
-    return Programmed(tables[0].mtu, tuple(map(_pid, running)), lambda: _sum(one.counters() for one in running))
+    return _udp(undo, rig, "userspace")
+
+
+def _kernel(undo: contextlib.ExitStack, rig: Rig) -> Programmed:
+    return _udp(undo, rig, "kernel")
+
+
+def _udp(undo: contextlib.ExitStack, rig: Rig, engine: Engine) -> Programmed:
+    tables = [peer_table(end, rig, UdpBackend(engine=engine)) for end in rig.ends]
+    running: list[int] = []
+    counters: list[Callable[[], Mapping[str, int]]] = []
+    for end, table in zip(rig.ends, tables, strict=True):
+        forwarder = _forward(undo, end, table)
+        running.append(_pid(forwarder))
+        counters.append(forwarder.counters)
+        tunnel = render_udp_tunnel(table) if engine == "kernel" else None
+        programs = bring_programs(undo, end, TunnelState(tunnel, render_guard(table)))
+        if programs is not None:
+            kinds: Sequence[Kind] = ("udp", "guard")
+            counters += [partial(programs.counters, kind) for kind in kinds]
+    return Programmed(tables[0].mtu, tuple(running), lambda: _sum(read() for read in counters))
 
 
 def _forward(undo: contextlib.ExitStack, end: End, table: PeerTable) -> LinuxForwarder:
@@ -91,7 +113,12 @@ def _loop(undo: contextlib.ExitStack, rig: Rig) -> Programmed:
     return Programmed(mtu, tuple(running))
 
 
+def _lacking_programs() -> str:
+    return _lacking_forwarder() or missing_programs()
+
+
 UDP_WAYS: Sequence[Way] = (
     Way(USERSPACE, _userspace, _lacking_forwarder),
+    Way(KERNEL, _kernel, _lacking_programs),
     Way(LOOP, _loop),
 )

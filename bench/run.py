@@ -32,13 +32,14 @@ BENCHMARKS: dict[str, str] = {
     "ipvs-in-vm": "bench.ipvs_in_vm",
     "overlay": "bench.overlay",
     "pod-attachment": "bench.pod_attachment",
+    "cni-add": "bench.cni_add",
 }
 """Name on the command line -> module with a ``measure``."""
 
 BY_NAME_ONLY = frozenset({"ipvs-in-vm"})
 """Benchmarks that take too long to be run unasked."""
 
-WITHOUT_SERVICES = frozenset({"lab-up", "overlay", "pod-attachment"})
+WITHOUT_SERVICES = frozenset({"lab-up", "overlay", "pod-attachment", "cni-add"})
 """Benchmarks whose size is not a number of Services."""
 
 

@@ -19,3 +19,4 @@ class Feature(StrEnum):
     NFTABLES = "nftables"
     UDP_FORWARDER = "udp forwarder"
     TUNNEL_PROGRAMS = "udp tunnel in the kernel"
+    SOURCE_GUARD = "source guard"

@@ -3,10 +3,10 @@
                      .-- control socket --.
     agent ---------->|  forwarder.sock    |---- forwarder (own session, outlives the agent) ==== queues of flannel0, UDP sockets
       |  pidfd       '--------------------'         |
-      '---- readable once it ended                  '-- take-over --> a newer forwarder gets queues, sockets and table, this one ends
+      '---- readable once it ended                  '-- take-over --> a newer forwarder gets queues, sockets, table; this one ends
 
-Nobody but us starts one, under a lock, so there are never two. Which program a running one is, is a hash in its environment; for
-which tunnel, is on its command line. One that does not answer is killed: it may forward, but nobody could tell it of new peers.
+Nobody but us starts one, under a lock, so there are never two. Which program a running one is, is a hash in its environment;
+for which tunnel, is on its command line. One that does not answer is killed: it may forward, but nobody could tell it of peers.
 
 Which peers it should know is for ``reconcile_forwarder.py``, whose ``ForwarderPort`` this implements.
 """

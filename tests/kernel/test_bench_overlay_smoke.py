@@ -118,7 +118,7 @@ def test_rules_see_packets_where_they_should(generator, bridged, rules, tracked)
     with ExitStack() as undo:
         rig = undo.enter_context(open_rig())
         attachment = pod_attachment.Attachment("", bridged=bridged, rules=rules)
-        lane = pod_attachment.open_lane(undo, generator, attachment, rig)
+        lane = pod_attachment.open_lane(generator, attachment, rig)
         generator.flood(lane.rig, 30)
         assert (int(namespaces.run(rig.b.node, ["conntrack", "-C"])) > 0) == tracked
         counted = namespaces.run(rig.b.node, ["iptables-legacy", "-t", "filter", "-nvxL", "FORWARD"]).splitlines()[2:]
@@ -157,11 +157,12 @@ def test_every_way_is_measured(capsys, tmp_path):
 
 
 def test_every_attachment_is_measured(tmp_path):
-    """Each attachment is measured, and the claim is the ratio of the two that it names."""
+    """Each attachment is measured, and a claim is the ratio of the two that it names."""
     rows = pod_attachment.measure(Options(), rounds=1, flood=30)
     own = {row.name: row for row in rows if row.metric == "64-byte packets" and not is_claim(row)}
     assert list(own) == [attachment.name for attachment in pod_attachment.ATTACHMENTS]
-    (claim,) = [row for row in rows if is_claim(row)]
+    carried, claim = (row for row in rows if is_claim(row))
+    assert (carried.metric, claim.metric) == (pod_attachment.CARRIED, "64-byte packets")
     routed, reference = own[pod_attachment.ROUTED], own[pod_attachment.BRIDGED_WITH_RULES]
     assert claim.value == pytest.approx(routed.value / reference.value)
     assert (routed.baseline_ratio, reference.baseline_ratio) == (pytest.approx(claim.value), None)

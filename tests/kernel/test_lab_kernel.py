@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from kernelstate.linux import netns
-from netnslab import lab, plan, probe, processes, wiring
+from netnslab import attaching, lab, plan, probe, processes, wiring
 from netnslab import state as states
 from netnslab.topology import BUNDLED
 
@@ -117,10 +117,15 @@ def cables(name: str) -> states.LabState:
     lab.plan_pods(state, planned.given)
     states.make_root(name)
     state.save()
+    state.objects.mkdir()
     for node in state.topology.nodes:
-        state.node_dir(node.name).mkdir(parents=True)
+        lab.agents.node_view(state, node.name).make()
+        families = zip(("", "IPV6_"), state.topology.cluster.pod_cidrs, node.pod_cidrs, strict=True)
+        lines = [f"FLANNEL_{f}NETWORK={network}\nFLANNEL_{f}SUBNET={subnet}\n" for f, network, subnet in families]
+        said = "".join(lines) + "FLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n"
+        (state.node_dir(node.name) / "flannel/subnet.env").write_text(said)  # what an agent would say
     wiring.make_fixed(state)
-    wiring.make_pods(state, state.pods)
+    attaching.make_pods(state, state.pods)
     assert lab.answering.serve(state, state.pods) == []
     return state
 
@@ -291,7 +296,7 @@ def test_down_leaves_nothing_after_kill_9_of_an_agent(name: str) -> None:
     assert nodeplane("lab", "down", "--name", name, check=False).returncode == 1
 
 
-@pytest.mark.parametrize("stage", ["nodes on", "agents starting", "pods", "0 of 3"])
+@pytest.mark.parametrize("stage", ["nodes on", "agents starting", "to attach", "pods attached"])
 def test_down_after_kill_9_of_up(name: str, stage: str) -> None:
     """`lab up`, killed at any stage, leaves a lab that `lab down` takes away whole."""
     before = traces()

@@ -15,14 +15,17 @@ from pathlib import Path
 import msgspec
 import pytest
 from overlay_nets import batch
-from udp_nodes import FORWARDER, Load, UdpNode, built_program, udp_nodes, write_program
+from udp_nodes import FORWARDER, KERNEL, OVERLAY, Load, UdpNode, built_program, udp_nodes, write_program
 
+from kernelstate.features import Feature
 from kernelstate.linux import netns, processes
+from kernelstate.linux.bpf_tunnel import missing
 from kernelstate.linux.forwarder import LinuxForwarder
 from kernelstate.linux.tun import make_tun
 from kernelstate.objects.address import Prefix
 from kernelstate.objects.tunnel import TunnelPeer, UdpTunnel
 from kernelstate.reconcile_forwarder import ForwarderReconciler
+from overlay.netconf import UdpBackend, VxlanBackend
 
 pytestmark = pytest.mark.kernel
 
@@ -31,6 +34,14 @@ REPAIR = 5.0
 PROGRAMS = [write_program, built_program] if FORWARDER.exists() else [write_program]
 program = PROGRAMS[-1]
 """The one that was built, where speed or the length of a gap counts."""
+
+
+@pytest.fixture
+def programs() -> None:
+    """Skip what needs programs in the kernel where it takes none."""
+    words = missing(FORWARDER.parent)
+    if words:
+        pytest.skip(f"{Feature.TUNNEL_PROGRAMS}: {words}")
 
 
 def reached(a: UdpNode, b: UdpNode, family: int = 4, seconds: float = 5.0) -> bool:
@@ -184,6 +195,70 @@ def test_a_new_version_that_cannot_start_leaves_the_old_one(make_netns: Callable
         assert status.errors == (f"start {file}: no room left",)
         assert a.forwarder_pid() == first
         assert reached(a, b)
+
+
+@pytest.mark.usefixtures("programs")
+def test_kernel_engine(make_netns: Callable[[], str], tmp_path: Path) -> None:
+    """With programs in the kernel the forwarder moves no packet, and neither its death nor the agent's stops a connection."""
+    with udp_nodes(make_netns, tmp_path, program(tmp_path / "forwarder"), overlay=KERNEL) as nodes:
+        a, b = _started(nodes)
+        assert [reached(a, b, family) and reached(b, a, family) for family in (4, 6)] == [True, True]
+        before = a.forwarder.counters()
+        with closing(Load(a, b)) as load:
+            load.run(0.3)
+            after = a.forwarder.counters()
+            assert [after[n] - before[n] for n in ("sent_packets", "received_packets")] == [0, 0]
+            a.agent.kill()
+            os.kill(a.forwarder_pid(), signal.SIGKILL)
+            load.run(0.5)
+            a.agent.start()
+            load.run(0.5)
+            a.agent.wait(0)
+            assert load.rest() < GAP
+            assert load.moves(REPAIR)
+            netns.run(a.space, ["ip", "link", "del", "flannel0"])
+            assert load.moves(REPAIR)
+
+
+@pytest.mark.usefixtures("programs")
+def test_engines_change_under_load(make_netns: Callable[[], str], tmp_path: Path) -> None:
+    """A node goes from one engine to the other and back while a connection goes on; both ends need not have the same."""
+    with udp_nodes(make_netns, tmp_path, program(tmp_path / "forwarder"), overlay=KERNEL) as nodes:
+        a, b = _started(nodes)
+        kernel = a.agent.config
+        assert kernel.overlay is not None
+        conf = msgspec.structs.replace(kernel.overlay.net_conf, backend=UdpBackend(engine="userspace"))
+        userspace = msgspec.structs.replace(kernel, overlay=msgspec.structs.replace(kernel.overlay, net_conf=conf))
+        with closing(Load(a, b)) as load:
+            load.run(0.2)
+            for config in (userspace, kernel):
+                a.agent.kill()
+                a.agent.config = config
+                a.agent.start()
+                load.run(0.7)
+                a.agent.wait(0)
+                assert load.rest() < GAP
+                sent = a.forwarder.counters()["sent_packets"]
+                assert load.moves(REPAIR)
+                assert (a.forwarder.counters()["sent_packets"] > sent + 10) == (config is userspace)
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize("overlay", [OVERLAY, KERNEL])
+def test_another_backend_ends_the_forwarder(make_netns: Callable[[], str], tmp_path: Path, overlay) -> None:
+    """A node that is told to use vxlan instead leaves neither forwarder nor TUN behind; told udp again, both are there."""
+    with udp_nodes(make_netns, tmp_path, program(tmp_path / "forwarder"), 1, overlay) as (a,):
+        udp = a.agent.config
+        assert udp.overlay is not None
+        conf = msgspec.structs.replace(udp.overlay.net_conf, backend=VxlanBackend())
+        vxlan = msgspec.structs.replace(udp, overlay=msgspec.structs.replace(udp.overlay, net_conf=conf))
+        for config, links in ((udp, {"flannel0"}), (vxlan, {"flannel.1", "flannel-v6.1"}), (udp, {"flannel0"})):
+            a.agent.config = config
+            start([a])
+            found = {word for word in netns.run(a.space, ["ls", "/proc/sys/net/ipv4/conf"]).split() if "flannel" in word}
+            found -= {"flannel0-in", "flannel0-out"} if config is udp and overlay is KERNEL else set()
+            assert (found, len(running_forwarders(tmp_path / "n1"))) == (links, int(config is udp))
+            a.agent.kill()
 
 
 def _started(nodes: list[UdpNode]) -> list[UdpNode]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ipaddress import ip_address, ip_interface
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from immutables import Map
 from overlay_worlds import clusters, compile_nodes
@@ -73,6 +73,7 @@ def test_render_meets_oracle(cluster: Cluster, destinations: list) -> None:
         assert simulate_links(state, destination, tunnel) == wanted
 
 
+@settings(deadline=None)
 @given(clusters())
 def test_guard_knows_every_peer(cluster: Cluster) -> None:
     """The guard lets each peer speak for exactly its own pods, and nobody for this node's."""

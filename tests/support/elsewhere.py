@@ -1,10 +1,10 @@
 """Tests of IPVS on a host whose kernel has none: they run in a virtual machine, and are reported as if they had run here.
 
     this pytest                                              pytest in the machine (netns-lab/vm)
-     everything else, as always
-     the tests of IPVS, last and at once -- their names -->   runs them, on the same tree
-     counts, prints, fails            <-- reports, as JSON --
-                                                             (file descriptor 9; what it prints goes to our error, if it breaks)
+     starts the machine ------ names of the tests of IPVS -->   runs them, on the same tree, in a process of its own
+     everything else, as always                              one after the other, at a lower priority
+     the tests of IPVS, last     <-- reports, as JSON --------
+     counts, prints, fails                                   (file descriptor 9; what it prints goes to our error, if it breaks)
 
 A test belongs to them by the mark ``ipvs``, or by its file's name, tests/kernel/test_ipvs*.py. Where the host has IPVS nothing of
 this happens. They are skipped only where no machine can be had at all; a machine that does not work is a failure.
@@ -16,16 +16,20 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from kernelstate.linux.ipvs import has_ipvs
-from netnslab import vm, vm_kernel
+from netnslab import vm, vm_kernel, vm_qemu
 from netnslab.errors import LabError
 
 REPORTS = "NODEPLANE_TEST_REPORTS"  # set in the machine: where reports go
-SECONDS = 900.0
+SECONDS = 900
+NICENESS = 5
+"""Tests that run here at the same time measure how long things take; those in the machine have an emulated CPU anyway."""
 BYTECODE = vm_kernel.CACHE / "bytecode"
 
 
@@ -48,6 +52,7 @@ class Elsewhere:
         self._config = config
         self._items: list[pytest.Item] = []
         self._reports: dict[str, list[pytest.TestReport]] | None = None
+        self._machine: _Machine | None = None
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -57,6 +62,15 @@ class Elsewhere:
         # Last, because pytest takes down the fixtures of one test with the next one in view, and these have none here.
         self._items = chosen
         items[:] = [*(item for item in items if item not in set(chosen)), *chosen]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> None:
+        if self._items and not session.config.option.collectonly and not session.testsfailed:
+            self._machine = _Machine(self._items, self._config.rootpath)
+
+    def pytest_sessionfinish(self) -> None:
+        if self._machine is not None:
+            self._machine.close()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
@@ -71,39 +85,73 @@ class Elsewhere:
         return True
 
     def _run(self) -> dict[str, list[pytest.TestReport]]:
-        """Run all of them, in one machine; every test has at least one report, whatever happens."""
-        pytest_there = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(i.nodeid for i in self._items)]
-        command = ["bash", "-c", 'exec 9>&1 >&2; exec "$@"', "bash", *pytest_there]
-        environment = {**os.environ, REPORTS: "/dev/fd/9", "PYTHONPYCACHEPREFIX": str(BYTECODE)}
-        heard: dict[str, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
-        reason = ""
-        _compile_here([*pytest_there, "--collect-only"], {**environment, REPORTS: os.devnull}, self._config.rootpath)
-        try:
-            vm.run(
-                command,
-                folder=self._config.rootpath,
-                environment=environment,
-                timeout=SECONDS,
-                listener=lambda stream, data: heard[stream].extend(data),
-            )
-        except vm_kernel.UnavailableError as error:
-            return {
-                item.nodeid: [_skipped(item, f"no IPVS in this kernel, and no virtual machine: {error}")]
-                for item in self._items
-            }
-        except LabError as error:
-            reason = str(error)
+        """Wait for the machine; every test has at least one report, whatever happened."""
+        assert self._machine is not None
+        if self._machine.unavailable:
+            reason = f"no IPVS in this kernel, and no virtual machine: {self._machine.unavailable}"
+            return {item.nodeid: [_skipped(item, reason)] for item in self._items}
+        heard, said = self._machine.wait()
         reports: dict[str, list[pytest.TestReport]] = {item.nodeid: [] for item in self._items}
-        whole_lines = heard["stdout"].decode().rpartition("\n")[0]
-        for line in whole_lines.splitlines():
+        for line in heard.rpartition("\n")[0].splitlines():
             report = self._config.hook.pytest_report_from_serializable(config=self._config, data=json.loads(line))
             reports[report.nodeid].append(report)
-        said = heard["stderr"].decode(errors="replace")[-4000:]
         for item in self._items:
             if all(report.when != "teardown" for report in reports[item.nodeid]):
-                text = f"did not come to an end in the virtual machine\n{reason}\n{said}"
+                text = f"did not come to an end in the virtual machine\n{said[-4000:]}"
                 reports[item.nodeid].append(_failed(item, text))
         return reports
+
+
+class _Machine:
+    """The machine with the tests in it, started at once; a process of its own, which ends with this one however that ends."""
+
+    def __init__(self, items: list[pytest.Item], folder: Path) -> None:
+        self.unavailable = ""
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            vm_qemu.check_host()
+            vm_kernel.fetch()
+        except vm_kernel.UnavailableError as error:
+            self.unavailable = str(error)
+            return
+        except LabError:
+            pass  # the machine says it, and the tests fail with it
+        pytest_there = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(i.nodeid for i in items)]
+        environment = {**os.environ, REPORTS: "/dev/fd/9", "PYTHONPYCACHEPREFIX": str(BYTECODE)}
+        _compile_here([*pytest_there, "--collect-only"], {**environment, REPORTS: os.devnull}, folder)
+        self._heard: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  open until close
+        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        machine = [sys.executable, "-m", "netnslab.vm", "--timeout", str(SECONDS), "--"]
+        self._process = subprocess.Popen(
+            [
+                *("setpriv", "--pdeathsig", "KILL", "nice", "-n", str(NICENESS)),
+                *(*machine, "bash", "-c", 'exec 9>&1 >&2; exec "$@"', "bash", *pytest_there),
+            ],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._heard,
+            stderr=self._said,
+        )
+
+    def wait(self) -> tuple[str, str]:
+        """Wait until all tests in it have run; return what it reported, and what it said."""
+        assert self._process is not None
+        self._process.wait(timeout=SECONDS + vm.BOOT_SECONDS)
+        texts = []
+        for file in (self._heard, self._said):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+        return texts[0], texts[1]
+
+    def close(self) -> None:
+        """End it if it still runs."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+            self._heard.close()
+            self._said.close()
 
 
 def configure(config: pytest.Config) -> None:

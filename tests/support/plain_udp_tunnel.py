@@ -24,6 +24,7 @@ from pathlib import Path
 
 VERSION = "plain"
 TUNSETIFF = 0x400454CA
+UDP_NO_CHECK6_RX = 102
 IFF_TUN, IFF_MULTI_QUEUE, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x0100, 0x1000, 0x4000
 VNET_HEADER = bytes(10)
 """struct virtio_net_hdr of a packet that is complete: no checksum left to do, no segments."""
@@ -238,6 +239,8 @@ def bind(address: str, port: int) -> socket.socket:
     """Return a socket that receives what is sent to an address and port."""
     sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_UDP, UDP_NO_CHECK6_RX, 1)  # RFC 6935: of tunnels, which may come without a checksum
     sock.setblocking(False)
     sock.bind((address, port))
     return sock

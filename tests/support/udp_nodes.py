@@ -37,8 +37,9 @@ OVERLAY = {
     "Network": "10.244.0.0/16",
     "EnableIPv6": True,
     "IPv6Network": "fd00:244::/48",
-    "Backend": {"Type": "udp"},
+    "Backend": {"Type": "udp", "Engine": "userspace"},
 }
+KERNEL = {**OVERLAY, "Backend": {"Type": "udp", "Engine": "kernel"}}
 POD_MTU = 1452
 
 

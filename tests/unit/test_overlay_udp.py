@@ -9,12 +9,15 @@ from overlay_worlds import DIRECT, DUAL, FAR, HOST_GW, N1, N2, NETWORK, NETWORK6
 
 from clusterstate.snapshot import Update
 from kernelstate.errors import MissingFeatureError
+from kernelstate.fake_tunnel import FakeTunnel
 from kernelstate.objects.address import Prefix
 from kernelstate.objects.links import Address, Link, LinkState, Route, Tun, Uplink
 from kernelstate.objects.tunnel import SourceGuard, TunnelPeer, TunnelState, UdpTunnel
+from kernelstate.reconcile_tunnel import TunnelReconciler
 from kernelstate.simulate_links import Leaving, simulate_links
 from kernelstate.text.udp_tunnel import print_tunnel
 from nodeplane.config import parse_config
+from nodeplane.kernel import TunnelParts
 from nodeplane.pipeline import HostFacts, Pipeline
 from nodeplane.status import PeerStatus, Status, status_lines
 from nodeplane.tunnel_engine import choose_engine
@@ -141,3 +144,20 @@ def test_status_says_which_engine_and_why() -> None:
     peers = (PeerStatus("n2", ("10.244.2.0/24",), "192.168.1.2", "udp", "udp"),)
     status = Status(1, "n1", "iptables", overlay="udp", engine="userspace", engine_reason="no BPF", peers=peers)
     assert "overlay   udp, userspace engine (no BPF), 1 peers" in status_lines(status, running=True)
+    unguarded = status_lines(Status(1, "n1", "iptables", overlay="vxlan", unguarded="no BPF"), running=True)
+    assert "          sources of packets from other nodes are NOT checked: no BPF" in unguarded
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+@pytest.mark.parametrize("guards", [False, True])
+def test_programs_are_told_what_is_wanted_and_can_be_had(wraps: bool, guards: bool) -> None:
+    """Another engine, or a kernel that cannot, takes off what an earlier agent left in the kernel."""
+    port = FakeTunnel()
+    earlier = TunnelReconciler(port)
+    state = TunnelState(render_udp_tunnel(table(UDP)), render_guard(table(UDP)))
+    earlier.set_desired(state)
+    assert earlier.sync().ok
+    programs = TunnelReconciler(port)
+    TunnelParts(programs, wraps, guards).set_desired(state)
+    assert programs.sync().ok
+    assert [port.observe(kind) is not None for kind in ("udp", "guard")] == [wraps, guards]
