@@ -3,7 +3,7 @@
     an address    16 bytes, IPv4 as ::ffff:a.b.c.d           a prefix    its length (IPv4: 96 more), then an address
     a place       outer address, whose                       a node      what the programs remember of it: zeros from us
 
-Ports and VNIs are in network order, everything else in the machine's. Source: packetpath/bpf/{places.h,udp.bpf.c,guard.bpf.c}.
+Ports and VNIs are in network order, everything else in the machine's. Source: packetpath/bpf/{places.h,udp.h,guard.bpf.c}.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@
  * Source: RFC 7348; drivers/net/vxlan/vxlan_core.c; net/ipv4/ip_fragment.c; RFC 8200 section 4. */
 #include "places.h"
 
-enum {
+enum counter {
 	CHECKED,
 	VXLAN_UNKNOWN_PEER,
 	VXLAN_WRONG_SOURCE,
@@ -36,7 +36,7 @@ struct tunnel {
 };
 
 struct settings {
-	__u8 build[8]; /* as in udp.bpf.c */
+	__u8 build[8]; /* as in udp.h */
 	struct tunnel tunnels[TUNNELS];
 	__u32 count;
 	__u32 uplink; /* interface index */

@@ -23,7 +23,7 @@ struct place {
 };
 
 struct node {
-	__u64 heard, whole; /* nanoseconds; udp.bpf.c, `learn` */
+	__u64 heard, whole; /* nanoseconds; unwrap.h, `learn` */
 };
 
 struct {

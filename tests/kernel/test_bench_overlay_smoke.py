@@ -21,7 +21,7 @@ from nodeplane.commands import Failed
 
 pytestmark = pytest.mark.kernel
 
-TIMES = overlay.Times(stream=60, flood=30, ping=20)
+TIMES = overlay.Times(stream=60, flood=60, ping=200)
 MACHINE = Machine("6.18", "2 x CPU", "0123456789ab", "nodeplane bench overlay")
 
 
@@ -158,7 +158,7 @@ def test_every_way_is_measured(capsys, tmp_path):
 
 def test_every_attachment_is_measured(tmp_path):
     """Each attachment is measured, and a claim is the ratio of the two that it names."""
-    rows = pod_attachment.measure(Options(), rounds=1, flood=30)
+    rows = pod_attachment.measure(Options(), rounds=1, flood=100)
     own = {row.name: row for row in rows if row.metric == "64-byte packets" and not is_claim(row)}
     assert list(own) == [attachment.name for attachment in pod_attachment.ATTACHMENTS]
     carried, claim = (row for row in rows if is_claim(row))

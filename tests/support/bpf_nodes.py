@@ -8,6 +8,7 @@ Reverse paths are checked strictly on every node: what the programs let in must 
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -165,9 +166,18 @@ def echo_datagrams(client: UdpNode, server: UdpNode, payloads: Sequence[bytes], 
 
 
 def ping(client: UdpNode, server: UdpNode, family: int = 4) -> bool:
-    """Whether a pod answers another pod's ping within three seconds."""
-    words = ["ping", f"-{family}", "-c", "3", "-i", "0.02", "-W", "1", server.pods[family]]
-    return " 0% packet loss" in netns.run(client.pod, words, check=False)
+    """Whether a pod answers three of another pod's pings within five seconds: neighbours may have to be found first."""
+    return _answers(client, server, family, "-c", "3", "-w", "5") >= 3  # more, where the first come late
+
+
+def is_silent(client: UdpNode, server: UdpNode, family: int = 4) -> bool:
+    """Whether a pod answers none of another pod's pings within a second."""
+    return _answers(client, server, family, "-c", "2", "-W", "1") == 0
+
+
+def _answers(client: UdpNode, server: UdpNode, family: int, *words: str) -> int:
+    out = netns.run(client.pod, ["ping", f"-{family}", "-i", "0.02", *words, server.pods[family]], check=False)
+    return int(re.search(r"(\d+) received", out)[1])
 
 
 class Numbered:

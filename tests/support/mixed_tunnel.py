@@ -9,6 +9,7 @@ The other end's TUN has no virtio headers, as flannel's has none: what reaches i
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -44,22 +45,33 @@ class MixedTunnel:
     def __init__(self, make_netns: Callable[[], str], directory: Path, *, offloads: bool = True) -> None:
         self.node, self.pod = ({end: make_netns() for end in NUMBERS} for _ in range(2))
         self.control = directory / "forwarder.sock"
-        self._undo = ExitStack()
+        with ExitStack() as self._undo:
+            self._open(offloads=offloads)
+            self._undo = self._undo.pop_all()
+
+    def _open(self, *, offloads: bool) -> None:
         batch(self.node["a"], f"link add eth0 type veth peer name eth0 netns {self.node['b']}")
         for end in NUMBERS:
             self._join(end)
             if not offloads:
                 for space, link in ((self.node[end], "eth0"), (self.node[end], "pod"), (self.pod[end], "eth0")):
                     without_offloads(space, link)
+        with netns.inside(self.node["b"]):
+            queue = plain_udp_tunnel.attach(TUN, vnet=False)
+        parent = os.getpid()
         self._peer = os.fork()
         if not self._peer:
-            os._exit(self._plain_tunnel())
+            try:
+                self._plain_tunnel(queue, parent)
+            finally:
+                os._exit(1)
         self._undo.callback(self._end_peer)
+        os.close(queue)
         with netns.inside(self.node["a"]):
             assert make_tun(TUN) == ""
-        self.program = self.start()
         for end in NUMBERS:
             self._route(end)
+        self.program = self.start()
         self.ask("peer 10.244.2.0/24 192.168.1.2 8285\npeer fd00:244:0:2::/64 fd00:1::2 8285\n")
 
     def _join(self, end: str) -> None:
@@ -102,10 +114,9 @@ class MixedTunnel:
 
     # -- the other end -----------------------------------------------------------------------------------------------
 
-    def _plain_tunnel(self) -> int:
+    def _plain_tunnel(self, queue: int, parent: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         netns.enter(self.node["b"])
-        queue = plain_udp_tunnel.attach(TUN, vnet=False)
         local = [ip_address(a) for a in ("192.168.1.2", "fd00:1::2")]
         sockets = {a: plain_udp_tunnel.bind(str(a), PORT) for a in local}
         for sock in sockets.values():  # slow as it is, it should not lose what comes in bursts
@@ -115,8 +126,8 @@ class MixedTunnel:
             ip_network("10.244.1.0/24"): (ip_address("192.168.1.1"), PORT),
             ip_network("fd00:244:0:1::/64"): (ip_address("fd00:1::1"), PORT),
         }
-        while True:
-            for ready in select.select([queue, *sockets.values()], [], [])[0]:
+        while os.getppid() == parent:
+            for ready in select.select([queue, *sockets.values()], [], [], 1.0)[0]:
                 try:
                     tunnel.from_tun() if ready == queue else tunnel.from_socket(ready)
                 except OSError:
@@ -161,7 +172,8 @@ class MixedTunnel:
             answer = ""
             while not answer.endswith("ok\n"):
                 message = sock.recv(1 << 16).decode()
-                assert message, f"closed after {answer!r}"
+                if not message:
+                    raise ConnectionResetError(errno.ECONNRESET, f"closed after {answer!r}")
                 assert not message.startswith("error"), message
                 answer += message
             return answer
