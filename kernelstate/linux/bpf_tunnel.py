@@ -95,6 +95,8 @@ class LinuxTunnel:
         """``attach``: instead of the better way that this kernel has. Raises MissingFeatureError without libbpf."""
         self._objects, self._attach = objects, attach or attacher()
         self._held: dict[Kind, _Programs] = {}
+        self._builds: dict[Kind, bytes] = {}
+        """What the object files hash to; they change with an upgrade, which is another process."""
 
     def close(self) -> None:
         """Let go of the programs, which go on."""
@@ -222,11 +224,13 @@ class LinuxTunnel:
             raise MissingFeatureError(_feature(kind), str(error)) from error
 
     def _build(self, kind: Kind) -> bytes:
-        path = self._objects / f"{kind}.bpf.o"
-        try:
-            return hashlib.sha256(path.read_bytes()).digest()[: codec.BUILD]
-        except OSError as error:
-            raise MissingFeatureError(_feature(kind), f"{path}: {error.strerror}") from error
+        if kind not in self._builds:
+            path = self._objects / f"{kind}.bpf.o"
+            try:
+                self._builds[kind] = hashlib.sha256(path.read_bytes()).digest()[: codec.BUILD]
+            except OSError as error:
+                raise MissingFeatureError(_feature(kind), f"{path}: {error.strerror}") from error
+        return self._builds[kind]
 
     def _let_go(self, kind: Kind) -> None:
         held = self._held.pop(kind, None)

@@ -41,6 +41,9 @@ BUILTIN: dict[str, tuple[str, ...]] = {
 }
 """The chains the kernel itself has in each table; no other chain has a policy."""
 
+_TAKES_ANY_TEXT = frozenset({"--comment", "--log-prefix", "--nflog-prefix", "--string", "--hex-string"})
+"""Options whose value may look like an option, or like a negation."""
+
 _ALIASES = {
     "--source": "-s",
     "--src": "-s",
@@ -220,6 +223,9 @@ class RuleReader:
                 if negated:
                     options.append("!")
                 options.append(word)
+                if word in _TAKES_ANY_TEXT:
+                    options.append(words[index])
+                    index += 1
             negated = False
         return Rule(
             target=self._target(tuple(target), goto) if target else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -151,7 +152,7 @@ def test_every_way_is_measured(capsys, tmp_path):
     assert mtus == {name: value for name, value in expected.items() if name in ways}
     claims = [row for row in rows if is_claim(row)]
     assert len(claims) == sum(len(c.underlays) for c in overlay.CLAIMS if {c.way, c.other} <= set(ways))
-    assert not {name for name in set(namespaces.names()) - before if name.startswith("np-bench-")}
+    assert not {name for name in set(namespaces.names()) - before if name.startswith(f"np-bench-{os.getpid()}-")}
     draw(Result("overlay", MACHINE, rows), tmp_path / "overlay.png")
     assert (tmp_path / "overlay.png").stat().st_size > 20_000
 

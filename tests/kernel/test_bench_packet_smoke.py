@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from ipaddress import IPv4Address
 
@@ -91,7 +92,7 @@ def test_benchmark_counts(monkeypatch):
     for row in costs:
         bare = value_of(costs, row.name, row.metric, datapath="forwarding")
         assert row.baseline_ratio == (None if row.params["datapath"] == "forwarding" else row.value / bare)
-    assert not {n for n in set(netns.names()) - before if n.startswith("np-bench-")}
+    assert not {n for n in set(netns.names()) - before if n.startswith(f"np-bench-{os.getpid()}-")}
 
 
 def test_target_of_services():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from functools import partial
 
 import pytest
@@ -58,4 +59,4 @@ def test_benchmark_runs(name, tmp_path, monkeypatch, capsys):
         assert row["value"] >= 0
         assert (row["baseline_ratio"] is None) == ("baseline" not in row["params"])
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert not {n for n in set(netns.names()) - before if n.startswith("np-bench-")}
+    assert not {n for n in set(netns.names()) - before if n.startswith(f"np-bench-{os.getpid()}-")}

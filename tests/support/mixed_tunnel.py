@@ -45,9 +45,12 @@ class MixedTunnel:
     def __init__(self, make_netns: Callable[[], str], directory: Path, *, offloads: bool = True) -> None:
         self.node, self.pod = ({end: make_netns() for end in NUMBERS} for _ in range(2))
         self.control = directory / "forwarder.sock"
-        with ExitStack() as self._undo:
+        self._undo = ExitStack()
+        try:
             self._open(offloads=offloads)
-            self._undo = self._undo.pop_all()
+        except BaseException:
+            self._undo.close()
+            raise
 
     def _open(self, *, offloads: bool) -> None:
         batch(self.node["a"], f"link add eth0 type veth peer name eth0 netns {self.node['b']}")

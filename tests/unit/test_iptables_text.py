@@ -262,3 +262,15 @@ def test_text_that_is_no_save(text: str, reason: str) -> None:
     """Text that is not a save is refused with the line and the reason."""
     with pytest.raises(ParseError, match=reason):
         parse_save(text, 4)
+
+
+@pytest.mark.parametrize("text", ["!", "-j", "-m", "--dport", "-s"])
+def test_a_comment_may_look_like_an_option(text):
+    """What follows --comment or --log-prefix is text, whatever it looks like."""
+    key = ChainKey(4, "filter", "KUBE-A")
+    rule = Rule(Jump("KUBE-A"), (Comment(text), Comment("next")))
+    lines = print_ruleset(Ruleset({key: (rule,)}), 4)
+    assert parse_save(lines, 4).chains[key] == (rule,)
+    saved = lines.replace("-j KUBE-A", f'-j LOG --log-prefix "{text}" --log-level 7')
+    (read,) = parse_save(saved, 4).chains[key]
+    assert read.target == OtherTarget(("LOG", "--log-prefix", text, "--log-level", "7"))
