@@ -20,7 +20,7 @@ from typing import Any
 from nodeplane.commands import Failed, Usage
 
 DEFAULT_NAME = "lab"
-SYNC_SECONDS = 60.0
+SYNC_SECONDS = 120.0
 
 
 def add_lab_parser(subparsers: Any) -> None:
@@ -75,7 +75,7 @@ def _output(parser: argparse.ArgumentParser) -> None:
 
 
 def _timeout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--timeout", type=float, default=SYNC_SECONDS, metavar="S", help="seconds to wait (default: 60)")
+    parser.add_argument("--timeout", type=float, default=SYNC_SECONDS, metavar="S", help="seconds to wait (default: 120)")
 
 
 def _checked(function: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:

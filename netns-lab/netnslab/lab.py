@@ -26,7 +26,7 @@ from netnslab.state import LabPod, LabState, write_file
 from netnslab.topology import Topology
 
 Say = Callable[[str], None]
-SYNC_SECONDS = 60.0
+SYNC_SECONDS = 120.0
 GENERATION = ".generation"
 
 
