@@ -29,6 +29,7 @@ from kernelstate.objects.nftables import (
     Rule,
     Table,
     TableKey,
+    plain_key,
 )
 from kernelstate.text import nft
 
@@ -93,11 +94,12 @@ class FakeNftables:
             return None
         chains = {name: self._chain(key, name, like.chains.get(name)) for name in table.rules}
         sets = {name: self._set(key, name, like.sets.get(name)) for name in table.sets}
-        elements = {
-            name: {_key(named, k): _data(named, data) for k, data in table.elements[name].items()} if named.key else {}
-            for name, named in sets.items()
-            if not named.dynamic
-        }
+        elements: dict[str, dict[ElementKey, Data]] = {}
+        for name, named in sets.items():
+            if not named.dynamic:
+                same = {plain_key(k): k for k in like.elements.get(name, ())}
+                held = table.elements[name].items() if named.key else ()
+                elements[name] = {same.get(key := _key(named, text), key): _data(named, data) for text, data in held}
         return Table(chains, sets, elements)
 
     def apply(self, text: str) -> None:

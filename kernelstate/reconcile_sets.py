@@ -111,9 +111,8 @@ class IpsetReconciler:
     ``ownership`` says by its name which set is ours; it should own ``diff_sets.TEMPORARY`` as well.
     """
 
-    part = "ipset"
-
-    def __init__(self, port: IpsetPort, ownership: Ownership) -> None:
+    def __init__(self, port: IpsetPort, ownership: Ownership, part: str = "ipset") -> None:
+        self.part = part
         self._port, self._ownership = port, ownership
         self._sets: dict[str, _Set] = {}
         """Wanted ones, and those of ours in the kernel that are not wanted."""
@@ -160,6 +159,16 @@ class IpsetReconciler:
             for member in want.members - known.members:
                 known.add(member)
         self._candidates.add(name)
+
+    def exchange(self, changes: Iterable[MemberChange]) -> None:
+        """Say which members come and go in sets that are wanted whether they have any or not."""
+        for spec, added, removed in changes:
+            known = self._sets[spec.name]
+            for member in removed:
+                known.remove(member)
+            for member in added:
+                known.add(member)
+            self._candidates.add(spec.name)
 
     @property
     def dirty(self) -> bool:

@@ -44,6 +44,7 @@ from kernelstate.objects.netfilter import (
     Masquerade,
     Match,
     NfAcct,
+    OpensNoConnection,
     OtherMatch,
     OtherTarget,
     Protocol,
@@ -363,6 +364,8 @@ class Simulator:
                 return held != match.negated
             case FromBridgePort(negated):
                 return negated
+            case OpensNoConnection():
+                return False  # a packet here is the first of its flow
             case Statistic() | OtherMatch():  # the first is a chance, not a condition; the second cannot be judged
                 return False
             case _:

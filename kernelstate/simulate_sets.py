@@ -31,7 +31,7 @@ class SetReader:
         if found is None or (found.spec.type != "bitmap:port" and found.spec.family != family):
             return False
         asked = _asked(found.spec, match, protocol, source, destination)
-        if not found.spec.type.endswith("net"):
+        if "net" not in found.spec.type:
             return asked in found.members
         networks = self._networks.get(match.name)
         if networks is None:
@@ -54,18 +54,22 @@ def _asked(spec: SetSpec, match: SetMatch, protocol: str, source: Side, destinat
 
 
 class _Networks:
-    """A set whose members end in a network, by what stands before it."""
+    """A set whose members have a network in them, first or last, by what else they say."""
 
     def __init__(self, held: IpSet) -> None:
         self._bits = BITS[held.spec.family]
-        self._by_head: dict[tuple[object, ...], list[tuple[int, int]]] = defaultdict(list)
+        self._place = 0 if held.spec.type.startswith("hash:net") else -1
+        self._by_rest: dict[tuple[object, ...], list[tuple[int, int]]] = defaultdict(list)
         for member in held.members:
-            network = member[-1]
+            network = member[self._place]
             assert isinstance(network, tuple)
-            self._by_head[member[:-1]].append(network)
+            self._by_rest[self._rest(member)].append(network)
 
     def hold(self, asked: tuple[int | str, ...]) -> bool:
-        """Whether the last of ``asked``, an address, lies in one of the networks behind the rest."""
-        address = int(asked[-1])
-        networks = self._by_head.get(asked[:-1], ())
+        """Whether the address in the network's place lies in one of the networks of members that otherwise say the same."""
+        address = int(asked[self._place])
+        networks = self._by_rest.get(self._rest(asked), ())
         return any((address ^ network) >> (self._bits - length) == 0 for network, length in networks)
+
+    def _rest(self, member: tuple[object, ...]) -> tuple[object, ...]:
+        return member[1:] if self._place == 0 else member[:-1]

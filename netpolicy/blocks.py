@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from clusterstate.objects import IPBlock, IPNetwork
-from kernelstate.objects.address import Family
+from kernelstate.objects.address import BITS, Family
 
 
 class Interval(NamedTuple):
@@ -38,6 +38,18 @@ def joined(parts: Iterable[Interval]) -> tuple[Interval, ...]:
         else:
             found.append(part)
     return tuple(found)
+
+
+def prefixes(part: Interval) -> list[tuple[int, int]]:
+    """Return an interval as networks, each an address and a length, which is never 0: what is everything is two halves."""
+    found: list[tuple[int, int]] = []
+    bits, position = BITS[part.family], part.first
+    while position <= part.last:
+        free = (position & -position).bit_length() - 1 if position else bits - 1
+        size = min(free, bits - 1, (part.last - position + 1).bit_length() - 1)
+        found.append((position, bits - size))
+        position += 1 << size
+    return found
 
 
 def _cut(block: IPBlock) -> list[Interval]:

@@ -41,6 +41,12 @@ def port_words(port: PolicyPort) -> str:
     return f"{port.protocol} {port.port}" + (f"-{port.end_port}" if port.end_port else "")
 
 
+def shorten(text: str, most: int) -> str:
+    """Cut a comment to the number of bytes that the kernel keeps; quotes would end it."""
+    text = text.replace('"', "'")
+    return text if len(text.encode()) <= most else text.encode()[: most - 3].decode(errors="ignore") + "..."
+
+
 def _requirement(one: Requirement) -> str:
     match one.operator:
         case "Exists":

@@ -140,7 +140,7 @@ class Agent:
         reports = self.kernel.sync()
         if self.flows is not None and all(r.ok for r in reports if r.part != "links"):
             reports.append(self.flows.sync(frozenset(self._facts.local_addresses), time.monotonic()))
-        if self.policy_flows is not None and all(r.ok for r in reports if r.part == "policies"):
+        if self.policy_flows is not None and all(r.ok for r in reports if r.part in self.kernel.policy_parts):
             reports.append(self.policy_flows.sync(frozenset(self._facts.local_addresses)))
         errors = (*self._host_errors, *(e for r in reports for e in r.errors), *self._open_health_ports())
         written = [f"{r.changed} in {r.part}" for r in reports if r.changed]

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from kernelstate.errors import KernelStateError
+from kernelstate.errors import KernelStateError, MissingFeatureError
 from kernelstate.linux.forwarder import LinuxForwarder
 from kernelstate.linux.iptables import IptablesPort, families, is_available
 from kernelstate.linux.links import LinuxLinks
@@ -16,7 +16,7 @@ from kernelstate.reconcile import NetfilterReconciler
 from kernelstate.reconcile_forwarder import ForwarderReconciler
 from kernelstate.reconcile_links import LinkReconciler
 from nodeplane.commands import Failed
-from nodeplane.host_kernel import FORWARDER, VARIANTS, other_modes, overlay_tables, policy_tables, tunnel_programs
+from nodeplane.host_kernel import FORWARDER, VARIANTS, other_modes, overlay_tables, policy_sets, policy_tables, tunnel_programs
 from nodeplane.lease_store import STATE_FILE as LEASE_FILE
 from nodeplane.pipeline import OWNERSHIP
 from nodeplane.status import LOCK_FILE, STATUS_FILE, AlreadyRunningError, read_status, take_lock
@@ -64,6 +64,8 @@ def _reconcilers() -> Iterator[Reconciler]:
     yield from other_modes("", None)
     yield overlay_tables()
     yield policy_tables()
+    with contextlib.suppress(MissingFeatureError):
+        yield policy_sets()
     yield ForwarderReconciler(LinuxForwarder(FORWARDER))
     programs = tunnel_programs()
     if programs is not None:

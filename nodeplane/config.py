@@ -167,8 +167,8 @@ class NodeConfig(msgspec.Struct, frozen=True):
     sync_period: float = 30.0
     """Seconds between two full comparisons with the kernel."""
     overlay: OverlayOptions | None = None
-    policy: bool = False
-    """NetworkPolicies are enforced; through nftables, whatever the mode of Services is."""
+    policy: str = ""
+    """Through what NetworkPolicies are enforced, whatever the mode of Services is; empty: they are not."""
     iptables_variant: Literal["auto", "legacy", "nft"] = "auto"
     notes: tuple[str, ...] = ()
     """Fields that were stated and change nothing here: one line each for the log."""
@@ -221,7 +221,6 @@ def _build(raw: Mapping[str, Any], section: ServicesSection, at: str, node_name:
     variant = raw.get("iptablesVariant", "auto")
     if variant not in {"auto", "legacy", "nft"}:
         raise ConfigError(f"iptablesVariant: must be auto, legacy or nft, is {variant!r}")
-    policy = _policy(raw.get("policy") or {})
     name = node_name or raw.get("nodeName") or section.hostname_override or socket.gethostname()
     if not isinstance(name, str):
         raise ConfigError(f"nodeName: must be a string, is {name!r}")
@@ -237,7 +236,7 @@ def _build(raw: Mapping[str, Any], section: ServicesSection, at: str, node_name:
         min_sync_period=minimum,
         sync_period=sync,
         overlay=overlay_options,
-        policy=policy,
+        policy=_policy(raw.get("policy") or {}, mode, f"{at}mode"),
         iptables_variant=variant,
         notes=_notes(section, at) + (overlay_options.notes if overlay_options else ()),
     )
@@ -335,16 +334,19 @@ class PolicySection(Strict, frozen=True):
     mode: str = "nftables"
 
 
-POLICY_MODES = ("nftables",)
+POLICY_MODES = ("nftables", "iptables")
 """Through what policies can be enforced."""
 
 
-def _policy(raw: object) -> bool:
-    """Return whether NetworkPolicies are enforced."""
+def _policy(raw: object, mode: str, at: str) -> str:
+    """Return through what NetworkPolicies are enforced, empty if they are not; ``mode`` is that of Services."""
     section = decode_section(raw, PolicySection, "policy")
     if section.mode not in POLICY_MODES:
         raise ConfigError(f"policy.mode: must be {' or '.join(POLICY_MODES)}, is {section.mode!r}")
-    return section.enabled
+    if section.enabled and section.mode == "iptables" and mode == "ipvs":
+        # A packet to a virtual server passes INPUT with the Service's address; iptables has no hook for it behind IPVS.
+        raise ConfigError(f"policy.mode: iptables cannot judge what {at} ipvs sends to Services; nftables can")
+    return section.mode if section.enabled else ""
 
 
 def _mode(stated: str, at: str) -> str:

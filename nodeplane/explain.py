@@ -168,9 +168,9 @@ def simulator_of(view: NodeView, local: Collection[IPAddress]) -> Simulator:
         case "nftables":
             return NftablesSimulator(services.tables, local)
         case "ipvs":
-            return IpvsSimulator(view.desired.ruleset, services.sets, services.servers, services.addresses, local)
+            return IpvsSimulator(view.desired.ruleset_but_policies, services.sets, services.servers, services.addresses, local)
         case _:
-            return Simulator(view.desired.ruleset, local)
+            return Simulator(view.desired.ruleset_but_policies, local)
 
 
 def run(args: argparse.Namespace) -> int:

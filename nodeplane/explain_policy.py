@@ -1,4 +1,4 @@
-"""What NetworkPolicies say of a connection, asked of both judges: the oracle by the policy table, the simulator by nftables.
+"""What NetworkPolicies say of a connection, asked of both judges: the oracle by the policy table, the simulator by what is written.
 
 Judged are this node's view and, where the other pod is among the objects, that of its node: the table of the whole cluster. Behind
 a Service each endpoint is judged by its own address and port; with several, the answer is the strictest, for any may be drawn.
@@ -11,8 +11,8 @@ from collections.abc import Collection, Sequence
 import msgspec
 
 from clusterstate.objects import IPAddress
-from kernelstate.objects.netfilter import Protocol
-from kernelstate.simulate import Packet
+from kernelstate.objects.netfilter import Protocol, Ruleset
+from kernelstate.simulate import Packet, Simulator
 from kernelstate.simulate_nftables import NftablesSimulator
 from netpolicy.compile import compile_policies
 from netpolicy.oracle import Flow, Judgement, Oracle
@@ -44,7 +44,10 @@ class PolicyExplainer:
         self._cluster = Oracle(compile_policies(view.snapshot, None))
         assert view.desired.policies is not None
         self._here = Oracle(view.desired.policies)
-        self._simulator = NftablesSimulator(dict(view.desired.policy_tables), local)
+        state = view.desired.policy_state
+        self._simulator: NftablesSimulator | Simulator = NftablesSimulator(dict(state.tables), local)
+        if view.config.policy == "iptables":
+            self._simulator = Simulator(Ruleset(state.chains, state.anchors), local, state.sets)
         self._nodes = {ip: p.node for p in view.snapshot.pods.values() if not p.host_network for ip in p.ips}
 
     def answer(self, flows: Sequence[Flow], masqueraded: Collection[IPAddress]) -> PolicyAnswer:
@@ -71,7 +74,7 @@ class PolicyExplainer:
         return Judgement(egress.egress, ingress.ingress, tuple(because))
 
     def _agree(self, flow: Flow) -> bool:
-        """Whether this node's nftables let through what its table lets through."""
+        """Whether this node's rules let through what its table lets through."""
         if flow.source in self._local and flow.destination in self._local:
             return True
         packet = Packet(

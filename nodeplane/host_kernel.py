@@ -23,6 +23,7 @@ from kernelstate.ports import Reconciler
 from kernelstate.reconcile import NetfilterReconciler
 from kernelstate.reconcile_forwarder import ForwarderReconciler
 from kernelstate.reconcile_links import LinkReconciler
+from kernelstate.reconcile_nftables import NftablesReconciler
 from nodeplane.config import NodeConfig
 from nodeplane.kernel import IpvsParts, NodeKernel, TunnelParts
 from nodeplane.pipeline import OWNERSHIP
@@ -33,7 +34,7 @@ from proxy.render.ipvs_program import LINK
 from proxy.settings import ProxySettings
 
 if TYPE_CHECKING:
-    from kernelstate.reconcile_nftables import NftablesReconciler
+    from kernelstate.reconcile_sets import IpsetReconciler
     from kernelstate.reconcile_tunnel import TunnelReconciler
 
 BUILT = Path(__file__).resolve().parent.parent / "packetpath/built"
@@ -65,7 +66,9 @@ def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | Non
     links = LinuxLinks() if config.overlay else None
     nftables = _nftables() if config.mode == "nftables" else None
     tables = overlay_tables() if config.overlay and config.overlay.net_conf.nftables else None
-    policies = policy_tables() if config.policy else None
+    policies: NftablesReconciler | IpsetReconciler | None = None
+    if config.policy:
+        policies = policy_tables() if config.policy == "nftables" else policy_sets()
     forwarder = forwarder or LinuxForwarder(FORWARDER)
     # As long as etcd has not said what the network is, nobody knows which of these an earlier agent needed.
     is_known = config.overlay is None or bool(config.overlay.net_conf.families)
@@ -78,9 +81,9 @@ def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | Non
     tunnel = None
     if programs is not None and config.overlay is not None:
         tunnel = TunnelParts(programs, engine is not None and engine.engine == "kernel", checks and not unguarded)
-    watched = [
-        part.fileno() for part in (links, nftables, tables, policies, forwarder if has_udp else None) if part is not None
-    ]
+    watched = [part.fileno() for part in (links, nftables, tables, forwarder if has_udp else None) if part is not None]
+    if isinstance(policies, NftablesReconciler):
+        watched.append(policies.fileno())
     ipvs = None
     if config.mode == "ipvs":
         ipvs, descriptor = _ipvs(config.services or ProxySettings())
@@ -99,7 +102,8 @@ def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | Non
             *_other_variants(variant),
             *other_modes(config.mode, config.services),
             *([overlay_tables()] if is_known and tables is None else []),
-            *([policy_tables()] if policies is None else []),
+            *([policy_tables()] if config.policy != "nftables" else []),
+            *(_leftovers_of_sets() if config.policy != "iptables" else []),
             *([ForwarderReconciler(forwarder)] if is_known and not has_udp else []),
             *([programs] if programs is not None and tunnel is None else []),
         ],
@@ -157,7 +161,6 @@ def other_modes(mode: str, settings: ProxySettings | None) -> list[Reconciler]:
 def overlay_tables() -> NftablesReconciler:
     """Return what keeps the overlay's rules in nftables."""
     from kernelstate.linux.nftables import NftablesPort  # noqa: PLC0415
-    from kernelstate.reconcile_nftables import NftablesReconciler  # noqa: PLC0415
 
     return NftablesReconciler(NftablesPort(), NAMES, "overlay rules")
 
@@ -165,15 +168,32 @@ def overlay_tables() -> NftablesReconciler:
 def policy_tables() -> NftablesReconciler:
     """Return what keeps NetworkPolicies in nftables."""
     from kernelstate.linux.nftables import NftablesPort  # noqa: PLC0415
-    from kernelstate.reconcile_nftables import NftablesReconciler  # noqa: PLC0415
     from netpolicy.render.nftables import NAMES as POLICY_NAMES  # noqa: PLC0415
 
     return NftablesReconciler(NftablesPort(), POLICY_NAMES, "policies")
 
 
+def policy_sets() -> IpsetReconciler:
+    """Return what keeps the sets that policies in iptables ask. Raises MissingFeatureError."""
+    from kernelstate.linux.ipset import LinuxIpset, has_ipset  # noqa: PLC0415
+    from kernelstate.reconcile_sets import IpsetReconciler  # noqa: PLC0415
+    from netpolicy.render.iptables import ISOLATED, PREFIXES  # noqa: PLC0415
+
+    if not has_ipset():
+        raise MissingFeatureError(Feature.IPSET)
+    return IpsetReconciler(LinuxIpset(), Ownership(prefixes=(ISOLATED, *PREFIXES)), "policies")
+
+
+def _leftovers_of_sets() -> list[Reconciler]:
+    """Return what destroys the sets of policies, where there can be any."""
+    try:
+        return [policy_sets()]
+    except MissingFeatureError:
+        return []
+
+
 def _nftables() -> NftablesReconciler:
     from kernelstate.linux.nftables import NftablesPort  # noqa: PLC0415
-    from kernelstate.reconcile_nftables import NftablesReconciler  # noqa: PLC0415
 
     return NftablesReconciler(NftablesPort())
 

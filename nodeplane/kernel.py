@@ -6,6 +6,8 @@ Whoever is asked first must be there first: tables and servers before the rules 
     mode nftables    policies, links, tunnel, nftables, packet filter
     mode ipvs        policies, links, tunnel, sets, virtual servers, addresses of kube-ipvs0, packet filter
 
+Policies are a table of nftables, or sets that rules of the packet filter ask.
+
 The tunnel is what stands behind and beside the links: the forwarder behind a TUN, and programs at the TUN and at the uplink.
 
 ``retired`` are the parts that only other modes use. They are emptied once this mode is in place, so that a node which changes
@@ -25,13 +27,13 @@ from kernelstate.ports import Reconciler, SyncReport
 from kernelstate.reconcile import NetfilterReconciler
 from kernelstate.reconcile_forwarder import ForwarderReconciler
 from kernelstate.reconcile_links import LinkReconciler
+from kernelstate.reconcile_nftables import NftablesReconciler
 from nodeplane.pipeline import Desired
 from nodeplane.service_programs import ServiceChange, ServiceState
 
 if TYPE_CHECKING:
     from kernelstate.reconcile_addresses import AddressReconciler
     from kernelstate.reconcile_ipvs import IpvsReconciler
-    from kernelstate.reconcile_nftables import NftablesReconciler
     from kernelstate.reconcile_sets import IpsetReconciler
     from kernelstate.reconcile_tunnel import TunnelReconciler
 
@@ -73,7 +75,7 @@ class NodeKernel:
         forwarder: ForwarderReconciler | None = None,
         tunnel: TunnelParts | None = None,
         overlay_tables: NftablesReconciler | None = None,
-        policies: NftablesReconciler | None = None,
+        policies: NftablesReconciler | IpsetReconciler | None = None,
         nftables: NftablesReconciler | None = None,
         ipvs: IpvsParts | None = None,
         families: Sequence[Family] = (4, 6),
@@ -95,6 +97,14 @@ class NodeKernel:
         found: list[Reconciler | None] = [*overlay, self.nftables, *(self.ipvs or ()), self.netfilter]
         return [part for part in found if part is not None]
 
+    @property
+    def policy_parts(self) -> tuple[str, ...]:
+        """The names of the parts that have to be right before policies are in force."""
+        if self.policies is None:
+            return ()
+        through_rules = not isinstance(self.policies, NftablesReconciler)
+        return (self.policies.part, self.netfilter.part) if through_rules else (self.policies.part,)
+
     def set_desired(self, desired: Desired) -> None:
         """Tell every part what should exist; nothing is written yet."""
         # A family that is not in use is looked after as well: what an earlier agent left in it goes.
@@ -113,12 +123,19 @@ class NodeKernel:
             self.tunnel.set_desired(desired.tunnel)
         if self.overlay_tables is not None:
             self.overlay_tables.set_desired(desired.overlay_tables)
-        if self.policies is not None:
-            # Before the first update everything may differ; afterwards what is named, or nothing.
-            known = self._has_policies
-            tables = desired.policy_change.tables if desired.policy_change is not None else {}
-            self.policies.set_desired(desired.policy_tables, tables if known else None)
-            self._has_policies = True
+        self._set_policies(desired)
+
+    def _set_policies(self, desired: Desired) -> None:
+        """Tell what policies become: before the first time everything may differ, afterwards what is named, or nothing."""
+        state, change = desired.policy_state, desired.policy_change
+        if isinstance(self.policies, NftablesReconciler):
+            tables = change.tables if change is not None else {}
+            self.policies.set_desired(state.tables, tables if self._has_policies else None)
+        elif self.policies is not None:
+            self.policies.set_desired(state.sets, (change.sets if change else ()) if self._has_policies else None)
+            if change is not None and self._has_policies:
+                self.policies.exchange(change.members)
+        self._has_policies = True
 
     def sync(self) -> list[SyncReport]:
         """Write what differs, part by part, then empty what is retired."""

@@ -34,7 +34,7 @@ def add_lab_parser(subparsers: Any) -> None:
     )
     up.add_argument("--services", metavar="MODE", help="service mode: iptables, ipvs or nftables")
     up.add_argument("--overlay", metavar="BACKEND", help="vxlan, host-gw or udp")
-    up.add_argument("--policy", metavar="MODE", help="enforce NetworkPolicies: nftables")
+    up.add_argument("--policy", metavar="MODE", help="enforce NetworkPolicies: nftables or iptables")
     _timeout(up)
     status = _command(commands, "status", _status, "nodes, pods, Services and whether they are in sync")
     _output(status)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import msgspec
 
@@ -22,14 +22,16 @@ from kernelstate.diff_ipvs import IpvsOwnership
 from kernelstate.objects.address import Family, Prefix
 from kernelstate.objects.links import LinkState
 from kernelstate.objects.netfilter import Anchor, ChainKey, Rule, Ruleset
-from kernelstate.objects.nftables import Table, TableChange
+from kernelstate.objects.nftables import Table
 from kernelstate.objects.tunnel import TunnelState
 from kernelstate.ownership import Ownership
-from netpolicy.compile import PolicyChange, PolicyCompiler
-from netpolicy.render.nftables import NftablesPolicyProgram
+from netpolicy.compile import PolicyCompiler
+from netpolicy.render.iptables import CHAIN_NAMES as POLICY_CHAINS
+from netpolicy.render.iptables import PREFIXES as POLICY_PREFIXES
 from netpolicy.table import PolicyTable
 from nodeplane.config import NodeConfig
 from nodeplane.config_overlay import OverlayOptions
+from nodeplane.policy_programs import POLICY_PROGRAMS, PolicyState, PolicyUpdate
 from nodeplane.service_programs import PROGRAMS, ServiceChange, ServiceProgram, ServiceState
 from nodeplane.status import LeaseStatus
 from overlay.compile import compile_peers
@@ -54,8 +56,8 @@ from proxy.settings import NodeFacts, ProxySettings
 from proxy.table import ServiceEntry
 
 OWNERSHIP = Ownership(
-    names=frozenset((*CHAIN_NAMES, *IPVS_CHAINS, *OVERLAY_CHAINS)),
-    prefixes=CHAIN_PREFIXES,
+    names=frozenset((*CHAIN_NAMES, *IPVS_CHAINS, *OVERLAY_CHAINS, *POLICY_CHAINS)),
+    prefixes=(*CHAIN_PREFIXES, *POLICY_PREFIXES),
 )
 """Which chains of the packet filter are ours, in whatever mode they were written."""
 
@@ -86,7 +88,7 @@ class Desired(msgspec.Struct, frozen=True):
     """What the kernel should hold now."""
 
     ruleset: Ruleset
-    """Of Services and overlay together."""
+    """Of Services, overlay and policies together."""
     families: tuple[Family, ...]
     changed_chains: frozenset[ChainKey] | None
     """Chains that differ from the ``Desired`` before; None: compare all."""
@@ -111,16 +113,19 @@ class Desired(msgspec.Struct, frozen=True):
     """Where those ports are open."""
     policies: PolicyTable | None = None
     """Whom NetworkPolicies isolate here; None: they are not enforced."""
-    policy_tables: Mapping[Family, Table] = {}
+    policy_state: PolicyState = PolicyState()
+    """What policies become."""
     policy_change: PolicyUpdate | None = None
     """What of policies differs from the ``Desired`` before; None: nothing."""
 
-
-class PolicyUpdate(NamedTuple):
-    """A change of policies: in the table of meaning, and in nftables."""
-
-    meaning: PolicyChange
-    tables: Mapping[Family, TableChange]
+    @property
+    def ruleset_but_policies(self) -> Ruleset:
+        """The rules of Services and overlay alone."""
+        policies = self.policy_state
+        if not policies.chains:
+            return self.ruleset
+        chains = {key: rules for key, rules in self.ruleset.chains.items() if key not in policies.chains}
+        return Ruleset(chains, tuple(anchor for anchor in self.ruleset.anchors if anchor not in policies.anchors))
 
 
 class _Masquerade(TypedDict):
@@ -152,7 +157,7 @@ class Pipeline:
         self._links: LinkState | None = None
         self._tunnel: TunnelState | None = None
         self.policies = PolicyCompiler(config.node_name) if config.policy else None
-        self._policy_program = NftablesPolicyProgram()
+        self._policy_program = POLICY_PROGRAMS[config.policy]() if config.policy else None
         self._started = False
 
     def update(self, update: Update, facts: HostFacts) -> Desired:
@@ -165,7 +170,9 @@ class Pipeline:
         changed = None if change is None else change.chains
         if self.config.overlay is not None and self._update_overlay(self.config.overlay, update.snapshot, facts):
             changed = None
-        policy_change = self._update_policies(update) if self.policies is not None else None
+        policy_change = self._update_policies(update)
+        if changed is not None and policy_change is not None:
+            changed |= policy_change.chains
         if not self._started:
             changed = None
         self._started = True
@@ -187,7 +194,7 @@ class Pipeline:
             health=self._health,
             health_places=health_places(self.settings, node, families) if self.settings and self._health else {},
             policies=self.policies.table if self.policies is not None else None,
-            policy_tables=self._policy_program.tables,
+            policy_state=self._policy_program.state if self._policy_program is not None else PolicyState(),
             policy_change=policy_change,
         )
 
@@ -253,12 +260,13 @@ class Pipeline:
     # -- policies ----------------------------------------------------------------------------------------------------
 
     def _update_policies(self, update: Update) -> PolicyUpdate | None:
-        assert self.policies is not None
+        if self.policies is None or self._policy_program is None:
+            return None
         changed = update.changed if self._started else None
         if changed is not None and not any(ref.kind in POLICY_KINDS for ref in changed):
             return None
         meaning = self.policies.update(update.snapshot, changed)
-        return PolicyUpdate(meaning, self._policy_program.update(self.policies.table, meaning))
+        return self._policy_program.update(self.policies.table, meaning)
 
     # -- overlay -----------------------------------------------------------------------------------------------------
 
@@ -300,18 +308,22 @@ class Pipeline:
 
     def _merge(self, changed: frozenset[ChainKey] | None) -> None:
         rendered = self.program.state.chains if self.program else {}
+        policies = self._policy_program.state.chains if self._policy_program is not None else {}
         if changed is None:
-            self._chains = {**rendered, **self._masquerade.chains}
+            self._chains = {**rendered, **self._masquerade.chains, **policies}
             self.rules = sum(map(len, self._chains.values()))
             return
         for key in changed:
             self.rules -= len(self._chains.pop(key, ()))
-            if key in rendered:
-                self._chains[key] = rendered[key]
-                self.rules += len(rendered[key])
+            rules = rendered.get(key) if key in rendered else policies.get(key)
+            if rules is not None:
+                self._chains[key] = rules
+                self.rules += len(rules)
 
     def _anchors(self) -> tuple[Anchor, ...]:
-        return (self.program.state.anchors if self.program else ()) + self._masquerade.anchors
+        services = self.program.state.anchors if self.program else ()
+        policies = self._policy_program.state.anchors if self._policy_program is not None else ()
+        return (*services, *self._masquerade.anchors, *policies)
 
     def _problems(self, snapshot: Snapshot) -> tuple[str, ...]:
         found = list(self.compiler.problems)

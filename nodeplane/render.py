@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from kernelstate.objects.address import Family
+from kernelstate.objects.netfilter import Ruleset
 from kernelstate.objects.nftables import TableKey
 from kernelstate.text.ip_batch import print_links, print_service_link
 from kernelstate.text.ipset_save import print_sets
@@ -53,7 +54,7 @@ def render_services_text(view: NodeView, families: tuple[Family, ...]) -> str:
 
 
 def _rules_texts(view: NodeView, families: tuple[Family, ...]) -> list[tuple[str, str]]:
-    return [(_TOOLS[f], print_ruleset(view.desired.ruleset, f)) for f in families]
+    return [(_TOOLS[f], print_ruleset(view.desired.ruleset_but_policies, f)) for f in families]
 
 
 def _ipvs_texts(view: NodeView, families: tuple[Family, ...]) -> list[tuple[str, str]]:
@@ -91,10 +92,15 @@ def render_overlay_text(view: NodeView) -> str:
 
 
 def render_policy_text(view: NodeView, families: tuple[Family, ...]) -> str:
-    """Return what NetworkPolicies become, as input for nft."""
+    """Return what NetworkPolicies become, as input for nft, or for ipset and iptables-restore."""
     if view.desired.policies is None:
         raise Usage("--part policy: policy.enabled is false in the configuration; give one with --config")
-    tables = view.desired.policy_tables
+    state = view.desired.policy_state
+    if view.config.policy == "iptables":
+        sets = {name: one for name, one in state.sets.items() if one.spec.family in families}
+        rules = [(_TOOLS[f], print_ruleset(Ruleset(state.chains, state.anchors), f)) for f in families]
+        return _sections([("ipset restore", print_sets(sets)), *rules])
+    tables = state.tables
     return "".join(print_table(TableKey(f, POLICY_TABLE), tables[f]) for f in families if f in tables)
 
 

@@ -186,6 +186,7 @@ def member_packer(spec: SetSpec) -> Callable[[Member], bytes]:
         "hash:ip": ip,
         "hash:net": ip + "HHB3x",
         "hash:ip,port": ip + "HH2s2x" + "HHB3x",
+        "hash:net,port": ip + "HHB3x" + "HH2s2x" + "HHB3x",
         "hash:ip,port,ip": ip + "HH2s2x" + "HHB3x" + ip,
         "hash:ip,port,net": ip + "HH2s2x" + "HHB3x" + ip + "HHB3x",
     }[spec.type]
@@ -201,6 +202,9 @@ def member_packer(spec: SetSpec) -> Callable[[Member], bytes]:
         "hash:net": lambda m: pack(*head, *at, m[0][0].to_bytes(size, "big"), 5, CIDR, m[0][1]),
         "hash:ip,port": lambda m: pack(
             *head, *at, m[0].to_bytes(size, "big"), *port, m[2].to_bytes(2, "big"), 5, PROTO, PROTOCOLS[m[1]]
+        ),
+        "hash:net,port": lambda m: pack(
+            *head, *at, m[0][0].to_bytes(size, "big"), 5, CIDR, m[0][1], *port, m[2].to_bytes(2, "big"), 5, PROTO, PROTOCOLS[m[1]]
         ),
         "hash:ip,port,ip": lambda m: pack(
             *head, *at, m[0].to_bytes(size, "big"), *port, m[2].to_bytes(2, "big"), 5, PROTO, PROTOCOLS[m[1]],
@@ -236,7 +240,10 @@ def _reader(spec: SetSpec) -> Callable[[bytes, _Found], Member]:
                 return (network(data, found[IP], found.get(CIDR)),)
             case _:
                 protocol = data[found[PROTO][0]]
-                service = address(data, found[IP]), _PROTOCOL_NAMES.get(protocol, str(protocol)), _number(data, found[PORT])
+                port = _PROTOCOL_NAMES.get(protocol, str(protocol)), _number(data, found[PORT])
+                if spec.type == "hash:net,port":
+                    return (network(data, found[IP], found.get(CIDR)), *port)
+                service = address(data, found[IP]), *port
         if spec.type == "hash:ip,port,ip":
             return (*service, address(data, found[IP2]))
         if spec.type == "hash:ip,port,net":
@@ -274,6 +281,7 @@ _TYPES: dict[str, SetType] = {
     "hash:ip": "hash:ip",
     "hash:net": "hash:net",
     "hash:ip,port": "hash:ip,port",
+    "hash:net,port": "hash:net,port",
     "hash:ip,port,ip": "hash:ip,port,ip",
     "hash:ip,port,net": "hash:ip,port,net",
     "bitmap:port": "bitmap:port",

@@ -28,7 +28,7 @@ from kernelstate.linux.nft_events import NftEvents
 from kernelstate.linux.nft_library import Library, has_library
 from kernelstate.linux.nft_rules import Message, rule_messages
 from kernelstate.linux.nft_shape import PROTOCOL_FAMILY, ChainForm, model, read_shape
-from kernelstate.objects.nftables import Chain, Data, ElementKey, Hook, Interval, NamedSet, Rule, Table, TableKey
+from kernelstate.objects.nftables import Chain, Data, ElementKey, Hook, NamedSet, Rule, Table, TableKey, plain_key
 from kernelstate.text import nft
 
 BULK = 10_000
@@ -152,7 +152,7 @@ class NftablesPort:
 
     def _elements(self, key: TableKey, named: NamedSet, like: Mapping[ElementKey, Data]) -> dict[ElementKey, Data]:
         """Return the elements of a set; keys that are in ``like`` are the same objects, so that memory is shared."""
-        same = {_plain(k): k for k in like} if named.intervals else {}
+        same = {plain_key(k): k for k in like} if named.intervals else {}
         held = dict(like)
         seen: set[ElementKey] = set()
         for found, data in self._dump(key, named):
@@ -177,11 +177,6 @@ def _chain(seen: ChainForm, wanted: ChainForm | None, like: Chain | None) -> Cha
     if seen == wanted:
         return like
     return Chain(FOREIGN_RULES, like.hook if seen.base == wanted.base else FOREIGN_HOOK)
-
-
-def _plain(key: ElementKey) -> ElementKey:
-    """Return a key as it is read from the kernel, where an interval of one address is that address."""
-    return tuple(part.first if isinstance(part, Interval) and part.first == part.last else part for part in key)
 
 
 def _generation(netlink: NfNetlink) -> int:

@@ -55,6 +55,10 @@ class Transport(msgspec.Struct, frozen=True, gc=False):
     sport: tuple[int, int] | None = None
 
 
+class OpensNoConnection(msgspec.Struct, frozen=True, gc=False):
+    """``-m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN``: a TCP packet that is none that opens a connection. The rule says tcp."""
+
+
 class ConnState(msgspec.Struct, frozen=True, gc=False):
     """``-m conntrack [!] --ctstate NEW,RELATED``; states sorted."""
 
@@ -130,7 +134,18 @@ class OtherMatch(msgspec.Struct, frozen=True, gc=False):
 
 
 Match: TypeAlias = (
-    Comment | Transport | ConnState | Mark | AddrType | Statistic | Recent | NfAcct | SetMatch | FromBridgePort | OtherMatch
+    Comment
+    | Transport
+    | OpensNoConnection
+    | ConnState
+    | Mark
+    | AddrType
+    | Statistic
+    | Recent
+    | NfAcct
+    | SetMatch
+    | FromBridgePort
+    | OtherMatch
 )
 
 # -- targets ---------------------------------------------------------------------------------------------------------

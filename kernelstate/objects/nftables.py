@@ -62,6 +62,11 @@ ElementKey: TypeAlias = tuple[int | str | Interval, ...]
 """Addresses and ports as numbers, protocols as ``tcp``, ``udp`` or ``sctp``; parts as in the set's ``key``."""
 
 
+def plain_key(key: ElementKey) -> ElementKey:
+    """Return a key as it is read back and as it is printed, where an interval of one address or port is that one."""
+    return tuple(part.first if isinstance(part, Interval) and part.first == part.last else part for part in key)
+
+
 class Goto(NamedTuple):
     """``goto CHAIN`` as the verdict of an element."""
 

@@ -5,18 +5,21 @@ Source of the forms: ipset(8), kernel include/uapi/linux/netfilter/ipset/ip_set.
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
 
 from kernelstate.objects.address import Family
 
-SetType: TypeAlias = Literal["hash:ip", "hash:net", "hash:ip,port", "hash:ip,port,ip", "hash:ip,port,net", "bitmap:port"]
+SetType: TypeAlias = Literal[
+    "hash:ip", "hash:net", "hash:ip,port", "hash:net,port", "hash:ip,port,ip", "hash:ip,port,net", "bitmap:port"
+]
 
 Member: TypeAlias = tuple[int | str | tuple[int, int], ...]
 """As the type says: addresses and ports as numbers, a port of a hash set preceded by its protocol: ``(ip, "tcp", 80, ip)``.
 
-A network is (address, prefix length). ``bitmap:port`` members are ``(port,)``.
+A network is (address, prefix length), which is never 0: everything is two halves. ``bitmap:port`` members are ``(port,)``.
 """
 
 
@@ -32,7 +35,7 @@ class IpSet(msgspec.Struct, frozen=True):
     """A set with its members. Never changed by whoever receives it."""
 
     spec: SetSpec
-    members: frozenset[Member] = frozenset()
+    members: AbstractSet[Member] = frozenset()
 
 
 IpSets: TypeAlias = dict[str, IpSet]

@@ -23,6 +23,7 @@ from kernelstate.objects.netfilter import (
     Masquerade,
     Match,
     NfAcct,
+    OpensNoConnection,
     OtherMatch,
     OtherTarget,
     Recent,
@@ -123,6 +124,8 @@ def _is_negated(options: Words, option: str) -> bool:
 
 
 def _transport(name: str, options: Words) -> Match | None:
+    if name == "tcp" and options == ("!", "--tcp-flags", "FIN,SYN,RST,ACK", "SYN"):
+        return OpensNoConnection()
     pairs = _pairs(options)
     dport, sport = pairs.pop("--dport", None), pairs.pop("--sport", None)
     if pairs:

@@ -31,6 +31,7 @@ from kernelstate.objects.netfilter import (
     Mark,
     Masquerade,
     NfAcct,
+    OpensNoConnection,
     OtherMatch,
     OtherTarget,
     Recent,
@@ -241,6 +242,7 @@ _MATCHES: dict[type, Callable[[Any], str]] = {
     NfAcct: lambda match: f" -m nfacct --nfacct-name {match.name}",
     SetMatch: _set_match,
     FromBridgePort: lambda match: f" -m physdev{' !' if match.negated else ''} --physdev-is-in",
+    OpensNoConnection: lambda match: " -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN",  # noqa: ARG005
     OtherMatch: _other_match,
 }
 

@@ -201,17 +201,20 @@ def key_texts(family: Family, key: Key, keys: Sequence[ElementKey]) -> list[str]
 
 def _column(family: Family, part: KeyPart, values: list[int | str | Interval]) -> Iterable[str]:
     if not isinstance(part, Field) or not part.name.endswith("addr"):
-        return (f"{value.first}-{value.last}" if isinstance(value, Interval) else str(value) for value in values)
+        return (_range(value, str) if isinstance(value, Interval) else str(value) for value in values)
     return map(_address_texts(family, values).__getitem__, values)
 
 
 def _address_texts(family: Family, values: Iterable[int | str | Interval]) -> dict[int | str | Interval, str]:
-    return {
-        value: f"{address_text(family, value.first)}-{address_text(family, value.last)}"
-        if isinstance(value, Interval)
-        else address_text(family, value)  # type: ignore[arg-type]  # a part that is an address is a number or an interval
-        for value in set(values)
-    }
+    def text(number: int) -> str:
+        return address_text(family, number)
+
+    # A part that is an address is a number or an interval.
+    return {value: _range(value, text) if isinstance(value, Interval) else text(value) for value in set(values)}  # type: ignore[arg-type]
+
+
+def _range(value: Interval, text: Callable[[int], str]) -> str:
+    return text(value.first) if value.first == value.last else f"{text(value.first)}-{text(value.last)}"
 
 
 def _kind(named: NamedSet) -> str:

@@ -17,7 +17,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 
@@ -65,6 +65,10 @@ class Box(NamedTuple):
     ports: PortRange
 
 
+Touched: TypeAlias = dict[Family, tuple[set[int], set[Tuple]]]
+"""Addresses on every port, and tuples, that came or went, by family."""
+
+
 class Union(msgspec.Struct):
     """What a group lets through in one family: anything, if ``everything``, else what is in one of the others."""
 
@@ -85,20 +89,25 @@ class Group:
         self.name = key.name
         self.rules = {rule.key: rule for rule in rules}
         doors = key.doors if key.direction == "ingress" else ((),) * len(rules)
-        self._ports = {rule.key: join_ports((*rule.ports, *ports)) for rule, ports in zip(rules, doors, strict=True)}
+        # Of each rule: the ports it states by number, and by name as they are at these pods.
+        self.ports = {rule.key: join_ports((*rule.ports, *ports)) for rule, ports in zip(rules, doors, strict=True)}
         self.unions: dict[Family, Union] = {family: self._union(family) for family in (4, 6)}
-        self.says = ", ".join("/".join(policy) for policy, _ in key.policies)
+        self.who = f"{key.direction} of pods isolated by {', '.join('/'.join(policy) for policy, _ in key.policies)}"
         self.parts = {part: rules for part, rules in self._parts().items() if rules}
 
-    def move(self, rule: AllowRule, change: PeerChange) -> dict[Family, tuple[set[int], set[Tuple]]]:
+    def words(self, part: str) -> str:
+        """Say which rules fill a part, and what they state."""
+        return rules_words(self.parts[part])
+
+    def move(self, rule: AllowRule, change: PeerChange) -> Touched:
         """Let peers come and go; return the addresses and tuples of each family that may differ now."""
         self.rules[rule.key] = rule
-        touched: dict[Family, tuple[set[int], set[Tuple]]] = {4: (set(), set()), 6: (set(), set())}
+        touched: Touched = {4: (set(), set()), 6: (set(), set())}
         for addresses, step in ((change.come, 1), (change.gone, -1)):
             for address in addresses:
                 family: Family = address.version
                 self._count(self.unions[family], rule, address, step, touched[family])
-        if any(not is_single(ports) for ports in self._ports[rule.key]) and not rule.every_port:
+        if any(not is_single(ports) for ports in self.ports[rule.key]) and not rule.every_port:
             for family, union in self.unions.items():
                 union.boxes = self._boxes(family)
         return touched
@@ -107,7 +116,7 @@ class Group:
         rules = list(self.rules.values())
         union = Union(
             everything=any(rule.everybody and rule.every_port for rule in rules),
-            ports=join_ports(p for rule in rules if rule.everybody and not rule.every_port for p in self._ports[rule.key]),
+            ports=join_ports(p for rule in rules if rule.everybody and not rule.every_port for p in self.ports[rule.key]),
             peers=Counter(),
             tuples=Counter(),
             blocks=joined(b for rule in rules if rule.every_port for b in rule.blocks if b.family == family),
@@ -131,7 +140,7 @@ class Group:
             _add(union.peers, number, step)
             touched[0].add(number)
             return
-        for protocol, first, last in self._ports[rule.key]:
+        for protocol, first, last in self.ports[rule.key]:
             if last - first < SINGLE_PORTS:
                 for port in range(first, last + 1):
                     one = Tuple(number, protocol, port)
@@ -144,10 +153,10 @@ class Group:
         for rule in self.rules.values():
             if rule.every_port or rule.everybody:
                 continue
-            large = [ports for ports in self._ports[rule.key] if not is_single(ports)]
+            large = [ports for ports in self.ports[rule.key] if not is_single(ports)]
             parts += [Box(int(a), int(a), ports) for ports in large for a in rule.pods if a.version == family]
             blocks = [b for b in rule.blocks if b.family == family]
-            parts += [Box(b.first, b.last, ports) for ports in self._ports[rule.key] for b in blocks]
+            parts += [Box(b.first, b.last, ports) for ports in self.ports[rule.key] for b in blocks]
         return disjoint(parts)
 
     def _parts(self) -> dict[str, list[AllowRule]]:
@@ -155,7 +164,7 @@ class Group:
         outward = self.key.direction == "egress"
         found: dict[str, list[AllowRule]] = {part: [] for part in PARTS}
         for rule in self.rules.values():
-            ports = self._ports[rule.key]
+            ports = self.ports[rule.key]
             if rule.every_port:
                 found["peers"] += [] if rule.everybody else [rule]
                 found["blocks"] += [rule] if rule.blocks else []
@@ -186,6 +195,11 @@ def group_key(pod: PodPolicy, direction: Direction, table: PolicyTable) -> Group
 def rules_of(key: GroupKey, table: PolicyTable) -> list[AllowRule]:
     """Return a group's rules, policy by policy."""
     return [rule for policy, _ in key.policies for rule in table.rules_of(policy, key.direction)]
+
+
+def rules_words(rules: Iterable[AllowRule]) -> str:
+    """Say several rules: ``shop/db[0] from pods of its namespace; on TCP 5432 | ...``."""
+    return " | ".join(f"{'/'.join(rule.key.policy)}[{rule.key.number}] {rule.says}" for rule in rules)
 
 
 def is_single(ports: PortRange) -> bool:

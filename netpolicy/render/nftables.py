@@ -32,7 +32,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from clusterstate.objects import IPAddress
-from clusterstate.snapshot import Name
 from kernelstate.objects.address import Family
 from kernelstate.objects.nftables import (
     AcceptPacket,
@@ -59,8 +58,10 @@ from kernelstate.objects.nftables import (
     VerdictMap,
 )
 from netpolicy.compile import PolicyChange
-from netpolicy.render.groups import Group, GroupKey, Tuple, Union, group_key, rules_of
-from netpolicy.table import DIRECTIONS, AllowRule, Direction, PolicyTable, RuleKey
+from netpolicy.render.grouping import Grouping
+from netpolicy.render.groups import Group, Tuple, Union
+from netpolicy.table import DIRECTIONS, Direction, PolicyTable
+from netpolicy.wording import shorten
 
 TABLE = "nodeplane-policy"
 NAMES: Mapping[Family, str] = {4: TABLE, 6: TABLE}
@@ -76,7 +77,7 @@ _MAPS = {
 }
 _KNOWN = (Rule((CtState(("established", "related")),), (AcceptPacket(),)), Rule((NeighbourDiscovery(),), (AcceptPacket(),)))
 _LEAVES = Rule((), (VerdictMap((_SADDR,), "egress"),))
-_COMMENT = 120
+COMMENT = 120
 """Characters; the kernel takes 127."""
 
 
@@ -85,129 +86,67 @@ class NftablesPolicyProgram:
 
     def __init__(self) -> None:
         self.tables: dict[Family, Table] = {family: _empty(family) for family in FAMILIES}
-        self._groups: dict[GroupKey, Group] = {}
-        self._pods: dict[Name, tuple[tuple[IPAddress, ...], dict[Direction, GroupKey]]] = {}
-        self._pods_of: dict[Name, set[Name]] = defaultdict(set)
-        """By policy: the pods in whose groups it is."""
-        self._users: dict[GroupKey, set[Name]] = defaultdict(set)
-        self._at: dict[tuple[Direction, IPAddress], dict[Name, GroupKey]] = defaultdict(dict)
-        """By address: the groups of all who claim it."""
+        self._grouping = Grouping()
 
     def update(self, table: PolicyTable, change: PolicyChange) -> dict[Family, TableChange]:
         """Take in a change of the policy table; return what differs in each family's."""
         notes = {family: _Notes(self.tables[family]) for family in FAMILIES}
-        pods = set(change.pods)
-        for policy in change.rules:
-            pods |= self._pods_of[policy]
-        self._move_peers(table, change, notes)
-        addresses: set[tuple[Direction, IPAddress]] = set()
-        left: set[GroupKey] = set()
-        for name in sorted(pods):
-            addresses |= self._settle(name, table, left)
-        for key in sorted({key for _, keys in (self._pods[n] for n in pods if n in self._pods) for key in keys.values()}):
-            self._write(key, table, notes, anew=any(policy in change.rules for policy, _ in key.policies))
-        for direction, address in addresses:
+        moves = self._grouping.update(table, change)
+        for family, note in notes.items():
+            for group, touched in moves.moved:
+                _move(note, group, family, touched[family])
+            for group in moves.written:
+                _write(note, group, family)
+        for direction, address in moves.places:
             self._lead(direction, address, notes[address.version])
-        for key in left:
-            if not self._users[key]:
-                self._erase(key, notes)
+        for note in notes.values():
+            for group in moves.gone:
+                _erase(note, group)
         return {family: note.done() for family, note in notes.items()}
-
-    # -- pods and their groups -----------------------------------------------------------------------------------------
-
-    def _settle(self, name: Name, table: PolicyTable, left: set[GroupKey]) -> set[tuple[Direction, IPAddress]]:
-        """Find a pod's groups anew; return the addresses that may lead elsewhere now."""
-        addresses: set[tuple[Direction, IPAddress]] = set()
-        ips, keys = self._pods.pop(name, ((), {}))
-        for direction, key in keys.items():
-            self._users[key].discard(name)
-            left.add(key)
-            for policy, _ in key.policies:
-                self._pods_of[policy].discard(name)
-            for ip in ips:
-                del self._at[direction, ip][name]
-                addresses.add((direction, ip))
-        pod = table.pods.get(name)
-        if pod is None:
-            return addresses
-        groups = {direction: group_key(pod, direction, table) for direction in DIRECTIONS}
-        found = {direction: group for direction, group in groups.items() if group is not None}
-        self._pods[name] = (pod.addresses, found)
-        for direction, key in found.items():
-            self._users[key].add(name)
-            for policy, _ in key.policies:
-                self._pods_of[policy].add(name)
-            for ip in pod.addresses:
-                self._at[direction, ip][name] = key
-                addresses.add((direction, ip))
-        return addresses
 
     def _lead(self, direction: Direction, address: IPAddress, note: _Notes) -> None:
         """Let an address lead to its pod's chain, or to one that asks the chains of all who claim it."""
         number = int(address)
-        keys = sorted(set(self._at[direction, address].values()))
+        names = [group.name for group in self._grouping.at(direction, address)]
         before = note.table.elements[direction].get((number,))
-        match len(keys):
-            case 0:
+        match names:
+            case []:
                 note.element(direction, (number,), None, present=False)
-            case 1:
-                note.element(direction, (number,), JumpTo(keys[0].name))
+            case [name]:
+                note.element(direction, (number,), JumpTo(name))
             case _:
-                chain = f"both-{hashlib.sha256(repr([k.name for k in keys]).encode()).hexdigest()[:12]}"
-                note.chain(chain, Chain(tuple(Rule((), (JumpChain(key.name),)) for key in keys)))
+                chain = f"both-{hashlib.sha256(repr(names).encode()).hexdigest()[:12]}"
+                note.chain(chain, Chain(tuple(Rule((), (JumpChain(name),)) for name in names)))
                 note.element(direction, (number,), JumpTo(chain))
         if isinstance(before, JumpTo) and before.chain.startswith("both-"):
             note.forget_if_unused(before.chain)
-        isolated = any(self._at.get((way, address)) for way in DIRECTIONS)
+        isolated = self._grouping.is_isolated(address)
         note.element("self", (number, number), None, present=isolated)
         note.element("isolated", (number,), None, present=isolated)
 
-    # -- what is written for a group -----------------------------------------------------------------------------------
 
-    def _write(self, key: GroupKey, table: PolicyTable, notes: dict[Family, _Notes], *, anew: bool) -> None:
-        if key in self._groups and not anew:
-            return
-        group = self._groups[key] = Group(key, rules_of(key, table))
-        for family, note in notes.items():
-            union = group.unions[family]
-            for name, (named, elements) in _sets(group, union).items():
-                note.set(name, named, elements)
-            note.chain(group.name, _chain(group, union))
+def _write(note: _Notes, group: Group, family: Family) -> None:
+    union = group.unions[family]
+    for name, (named, elements) in _sets(group, union).items():
+        note.set(name, named, elements)
+    note.chain(group.name, _chain(group, union))
 
-    def _erase(self, key: GroupKey, notes: dict[Family, _Notes]) -> None:
-        del self._users[key]
-        group = self._groups.pop(key, None)
-        if group is None:
-            return
-        for family, note in notes.items():
-            note.chain(group.name, None)
-            for name in _sets(group, group.unions[family]):
-                note.set(name, None, {})
 
-    def _move_peers(self, table: PolicyTable, change: PolicyChange, notes: dict[Family, _Notes]) -> None:
-        """Let peers come and go in the groups that hold them."""
-        by_policy: dict[Name, list[RuleKey]] = defaultdict(list)
-        for rule in change.peers:
-            by_policy[rule.policy].append(rule)
-        for policy, keys in by_policy.items():
-            groups = {key for name in self._pods_of[policy] for key in self._pods[name][1].values()}
-            rules = {rule.key: rule for rule in table.rules.get(policy, ())}
-            for group_name in groups:
-                group = self._groups[group_name]
-                for key in keys:
-                    if key in group.rules:
-                        self._move(group, group.move(rules[key], change.peers[key]), notes)
+def _erase(note: _Notes, group: Group) -> None:
+    note.chain(group.name, None)
+    for part in group.parts:
+        note.set(f"{group.name}-{part}", None, {})
 
-    @staticmethod
-    def _move(group: Group, touched: dict[Family, tuple[set[int], set[Tuple]]], notes: dict[Family, _Notes]) -> None:
-        for family, (addresses, tuples) in touched.items():
-            note, union = notes[family], group.unions[family]
-            for address in addresses:
-                note.element(f"{group.name}-peers", (address,), None, present=address in union.peers)
-            for one in tuples:
-                note.element(f"{group.name}-tuples", _tuple(one), None, present=one in union.tuples)
-            if "boxes" in group.parts:
-                note.set(f"{group.name}-boxes", None, _boxes(union), only_elements=True)
+
+def _move(note: _Notes, group: Group, family: Family, touched: tuple[set[int], set[Tuple]]) -> None:
+    union = group.unions[family]
+    addresses, tuples = touched
+    for address in addresses:
+        note.element(f"{group.name}-peers", (address,), None, present=address in union.peers)
+    for one in tuples:
+        note.element(f"{group.name}-tuples", _tuple(one), None, present=one in union.tuples)
+    if "boxes" in group.parts:
+        note.set(f"{group.name}-boxes", None, _boxes(union), only_elements=True)
 
 
 def render_policies(table: PolicyTable) -> dict[Family, Table]:
@@ -270,24 +209,14 @@ def _key(group: Group, part: str) -> Key:
 
 def _chain(group: Group, union: Union) -> Chain:
     """Return a group's chain: what lets through, and then nothing more."""
-    who = _comment(f"{group.key.direction} of pods isolated by {group.says}")
+    who = shorten(group.who, COMMENT)
     if union.everything:
         return Chain((Rule((), (ReturnToCaller(),), who),))
     asks = [
-        Rule((InSet(_key(group, part), f"{group.name}-{part}"),), (ReturnToCaller(),), _comment(_words(rules)))
-        for part, rules in group.parts.items()
+        Rule((InSet(_key(group, part), f"{group.name}-{part}"),), (ReturnToCaller(),), shorten(group.words(part), COMMENT))
+        for part in group.parts
     ]
     return Chain((*asks, Rule((), (DropPacket(),), who)))
-
-
-def _words(rules: list[AllowRule]) -> str:
-    return " | ".join(f"{'/'.join(rule.key.policy)}[{rule.key.number}] {rule.says}" for rule in rules)
-
-
-def _comment(text: str) -> str:
-    """Cut a comment to what the kernel keeps; quotes would end it."""
-    text = text.replace('"', "'")
-    return text if len(text.encode()) <= _COMMENT else text.encode()[: _COMMENT - 3].decode(errors="ignore") + "..."
 
 
 def _tuple(one: Tuple) -> ElementKey:

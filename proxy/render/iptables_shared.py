@@ -4,7 +4,7 @@
             settle()                            what the chain holds now, and which chains below it differ
 
 Decides which of the two forms, by the number of rules alone, and in which tree a rule goes: that of its destination address, or
-of its port where it has none. How a tree looks is ``iptables_dispatch.py``'s business.
+of its port where it has none. How a tree looks is ``kernelstate/chain_tree.py``'s business.
 
 In both forms a Service's own address is met before a port on any address, which is the order of their meaning
 (``proxy/oracle.py``), and rules of one address or port stand in the order of Services.
@@ -20,9 +20,9 @@ from itertools import chain as concat
 from typing import TypeAlias
 
 from clusterstate.snapshot import Name
+from kernelstate.chain_tree import Addresses, Line, Ports, Space, Tree
 from kernelstate.objects.netfilter import ChainKey, Rule, Transport
 from proxy.render.iptables import EXTERNAL_SERVICES, NODE_PORTS, PROXY_FIREWALL, SERVICES
-from proxy.render.iptables_dispatch import Addresses, Line, Ports, Space, Tree
 
 HEADS = {
     SERVICES: "KUBE-DST-",

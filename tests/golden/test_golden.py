@@ -2,7 +2,7 @@
 
 Each folder holds ``cluster.yaml``, sometimes ``config.yaml``, and what ``nodeplane render`` prints for node n1:
 ``iptables.txt``, ``ipvs.txt`` and ``nftables.txt``, one a mode (both families where there are two), and, with an overlay in the
-configuration, ``overlay.txt``. ``make golden`` writes them again.
+configuration, ``overlay.txt``; where it enforces policies, ``policy.txt`` and ``policy-iptables.txt``. ``make golden`` writes them again.
 """
 
 import os
@@ -23,7 +23,7 @@ def expected_files(folder):
     config = folder / "config.yaml"
     text = config.read_text() if config.exists() else ""
     if "policy:" in text:
-        return ["policy.txt"]
+        return ["policy.txt", "policy-iptables.txt"]
     return [f"{mode}.txt" for mode in MODES] + (["overlay.txt"] if "overlay:" in text else [])
 
 
@@ -31,14 +31,20 @@ CASES = [(s, f) for s in SCENARIOS for f in expected_files(HERE / s)]
 
 
 @pytest.mark.parametrize(("scenario", "name"), CASES, ids=[f"{s}-{f}" for s, f in CASES])
-def test_golden(scenario, name, capsys):
+def test_golden(scenario, name, capsys, tmp_path):
     """Rendering the scenario gives exactly the golden text."""
     folder = HERE / scenario
-    what = name.removesuffix(".txt")
+    what, _, policy_mode = name.removesuffix(".txt").partition("-")
     asked = ["--mode", what] if what in MODES else ["--part", what]
     arguments = ["render", "--objects", str(folder / "cluster.yaml"), "--node", "n1", *asked]
-    if (folder / "config.yaml").exists():
-        arguments += ["--config", str(folder / "config.yaml")]
+    config = folder / "config.yaml"
+    if policy_mode:
+        text = config.read_text()
+        assert "mode: nftables" in text
+        config = tmp_path / "config.yaml"
+        config.write_text(text.replace("mode: nftables", f"mode: {policy_mode}"))
+    if config.exists():
+        arguments += ["--config", str(config)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     if WRITE:

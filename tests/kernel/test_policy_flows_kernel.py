@@ -6,16 +6,14 @@ from ipaddress import ip_address
 
 import pytest
 from immutables import Map
+from policy_kernels import KERNELS
 from service_node import ServiceNode, end_of, pod_ip
 
 from clusterstate.objects import LabelSelector, NetworkPolicy, Pod, PolicyPeer, PolicyPort, PolicyRule, Requirement
 from clusterstate.snapshot import Snapshot
 from kernelstate.linux import netns
 from kernelstate.linux.conntrack import Conntrack
-from kernelstate.linux.nftables import NftablesPort
-from kernelstate.reconcile_nftables import NftablesReconciler
 from netpolicy.compile import PolicyCompiler
-from netpolicy.render.nftables import NAMES, NftablesPolicyProgram
 from nodeplane.policy_flows import PolicyFlows
 
 pytestmark = pytest.mark.kernel
@@ -38,19 +36,17 @@ def let_in(*names: str) -> Snapshot:
 class Enforcer:
     """What an agent does with policies, one cluster after the other, inside the node."""
 
-    def __init__(self, node: str) -> None:
+    def __init__(self, node: str, kernel: str) -> None:
         self.node = node
-        self.compiler, self.program = PolicyCompiler("n1"), NftablesPolicyProgram()
+        self.compiler = PolicyCompiler("n1")
         with netns.inside(node):
-            self.port, self.flows = NftablesPort(), PolicyFlows(Conntrack())
-        self.reconciler = NftablesReconciler(self.port, NAMES, "policies")
+            self.kernel, self.flows = KERNELS[kernel](node), PolicyFlows(Conntrack())
 
     def take(self, snapshot: Snapshot) -> int:
         change = self.compiler.update(snapshot, None)
-        self.reconciler.set_desired(self.program.tables, self.program.update(self.compiler.table, change))
+        self.kernel.bring(self.compiler.table, change)
         self.flows.take(self.compiler.table, change)
         with netns.inside(self.node):
-            assert self.reconciler.sync().errors == ()
             report = self.flows.sync(frozenset())
         assert report.errors == ()
         return report.changed
@@ -64,9 +60,10 @@ def rig(make_netns):
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_cut_and_kept(rig, family):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_cut_and_kept(rig, kernel, family):
     """Of two open connections the one that is no longer allowed is silent from then on, whoever speaks; the other goes on."""
-    enforcer = Enforcer(rig.node)
+    enforcer = Enforcer(rig.node, kernel)
     try:
         enforcer.take(let_in("p2", "p3"))
         server = rig.listen(1, 80, family)
@@ -91,4 +88,4 @@ def test_cut_and_kept(rig, family):
         assert enforcer.take(let_in("p2", "p3")) == 0
         cut[0].sendall(b"again")
     finally:
-        enforcer.port.close()
+        enforcer.kernel.close()

@@ -69,14 +69,14 @@ def nodeplane(*args: str, stdin: str | None = None) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[str]:
-    """Bring up three nodes with the nine pods, policies enforced."""
+@pytest.fixture(scope="module", params=["nftables", "iptables"])
+def cluster(request, tmp_path_factory) -> Iterator[str]:
+    """Bring up three nodes with the nine pods, policies enforced through the one or the other."""
     name = f"t{os.getpid()}-{secrets.token_hex(2)}"
     objects = tmp_path_factory.mktemp("policies") / "world.yaml"
     objects.write_text(WORLD)
     try:
-        nodeplane("up", "--name", name, "--policy", "nftables", "--objects", str(objects))
+        nodeplane("up", "--name", name, "--policy", request.param, "--objects", str(objects))
         yield name
     finally:
         nodeplane("down", "--name", name)

@@ -97,8 +97,12 @@ def test_overlay_section():
             "services.detectLocal.bridgeInterface: must be set with detectLocalMode BridgeInterface",
         ),
         (
-            node(policy={"enabled": True, "mode": "iptables"}),
-            "policy.mode: must be nftables, is 'iptables'",
+            node(policy={"enabled": True, "mode": "ebpf"}),
+            "policy.mode: must be nftables or iptables, is 'ebpf'",
+        ),
+        (
+            node(policy={"enabled": True, "mode": "iptables"}, services={"mode": "ipvs"}),
+            "policy.mode: iptables cannot judge what services.mode ipvs sends to Services; nftables can",
         ),
         (node(iptablesVariant="ebtables"), "iptablesVariant: must be auto, legacy or nft, is 'ebtables'"),
         (node(overlay={"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec"}}), "overlay.Backend.Type"),

@@ -25,17 +25,17 @@ not looked at. Chains jump, never go to: what no leaf matches comes back and mee
 
 from __future__ import annotations
 
+from base64 import b32encode
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from hashlib import sha256
 from operator import itemgetter
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
-from clusterstate.snapshot import Name
 from kernelstate.objects.address import BITS, Family, Prefix, address_text
 from kernelstate.objects.netfilter import Jump, Rule, Transport
-from proxy.names import hash16
 
 STRIDE = 4
 FAN_OUT = 1 << STRIDE
@@ -46,15 +46,16 @@ DEPTH = 8
 """Most chains below one another. All of IPv4 fits. An IPv6 leaf that deep holds what is left, however much: iptables-nft and the
 kernel behind it refuse 16 nested jumps, and a refusal would take all Services down where a long leaf takes microseconds."""
 
-Line: TypeAlias = tuple[int, Name, int, Rule]
-"""A rule with where it stands: by key (address or port), then by Service and place within, as in the long chain."""
+Line: TypeAlias = tuple[int, tuple[str, ...], int, Rule]
+"""A rule with where it stands: by key (address or port), then by whose it is and its place among those, as in the long chain."""
 
 
 class Addresses(msgspec.Struct, frozen=True):
-    """Rules of one destination address each; ``head`` is how names of chains start."""
+    """Rules of one address each, the packet's destination or its source; ``head`` is how names of chains start."""
 
     family: Family
     head: str
+    side: Literal["src", "dst"] = "dst"
 
     @property
     def bits(self) -> int:
@@ -64,8 +65,9 @@ class Addresses(msgspec.Struct, frozen=True):
     def jump(self, start: int, length: int) -> Rule:
         """Return the rule that sends the addresses of a prefix to the prefix's chain; IPv6 does not fit into a name."""
         prefix = Prefix(self.family, start, length)
-        text = address_text(4, start) + f"-{length}" if self.family == 4 else hash16(str(prefix))
-        return Rule(Jump(self.head + text), (), "", None, prefix)
+        digest = b32encode(sha256(str(prefix).encode()).digest()).decode()
+        jump = Jump(self.head + (f"{address_text(4, start)}-{length}" if self.family == 4 else digest[:16]))
+        return Rule(jump, source=prefix) if self.side == "src" else Rule(jump, destination=prefix)
 
 
 class Ports(msgspec.Struct, frozen=True):

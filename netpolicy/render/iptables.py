@@ -1,0 +1,376 @@
+"""The policy table as iptables chains and ipsets: what ``render/nftables.py`` says, where a packet finds its pod by a tree of chains.
+
+    mangle POSTROUTING   before source translation, behind every kind of destination translation
+      NETPOL
+        -m conntrack --ctstate RELATED,ESTABLISHED -j RETURN      replies, and all that follows: nothing below costs them anything
+        -m set ! NETPOL-ISOLATED-4 src, ! ... dst -j RETURN       neither end is a pod here that is isolated
+        -p tcp ! --syn -j DROP                                    the rest of a connection that was cut, whoever goes on speaking
+        -j NETPOL-EGRESS            may it leave?                 a tree of chains by source (kernelstate/chain_tree.py)
+        -m addrtype --src-type LOCAL -j RETURN                    from this node
+        -j NETPOL-INGRESS           may it come in?               a tree by destination
+          NETPOL-IN-10.244.1.0-28
+            ! -s 10.244.1.9 -d 10.244.1.9 -j NETPOL-IN-90B3...    "shop/db-1"; what a pod sends itself is nobody's business
+    mangle INPUT         packets to the node itself
+      NETPOL-INPUT       the same, up to NETPOL-EGRESS
+
+    NETPOL-IN-90B3...    one chain for all pods whose policies say the same; whatever the number of peers, at most
+      -m set PEERS src                 -j RETURN     pods, on every port
+      -m set BLOCKS src                -j RETURN     address blocks, on every port
+      -m set TUPLES src,dst            -j RETURN     a pod on a port
+      -m set NETS src,dst              -j RETURN     a block, or anybody, on a port
+      -p tcp --dport a:b [-m set R..]  -j RETURN     one rule for each large range of ports that is stated
+      -j DROP
+
+A RETURN from a group's chain goes on to the other direction; the end of NETPOL goes on to whatever else is in the table. Sets come
+before the rules that ask them, and peers that come and go are members of sets: no rule is written for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal, NamedTuple, TypeAlias
+
+from clusterstate.snapshot import Name
+from kernelstate.chain_tree import Addresses, Line, Tree
+from kernelstate.diff_sets import MemberChange
+from kernelstate.objects.address import BITS, Family, IPAddress, Prefix
+from kernelstate.objects.netfilter import (
+    AddrType,
+    Anchor,
+    ChainKey,
+    Comment,
+    ConnState,
+    Jump,
+    Match,
+    OpensNoConnection,
+    Protocol,
+    Rule,
+    SetMatch,
+    Target,
+    Transport,
+    Verdict,
+)
+from kernelstate.objects.sets import IpSet, IpSets, Member, SetSpec, SetType
+from netpolicy.blocks import Interval, prefixes
+from netpolicy.compile import PolicyChange
+from netpolicy.render.grouping import GroupChange, Grouping, Place
+from netpolicy.render.groups import Group, Touched, Tuple, is_single, rules_words
+from netpolicy.table import DIRECTIONS, AllowRule, Direction, PolicyTable, PortRange
+from netpolicy.wording import shorten
+
+FAMILIES: tuple[Family, ...] = (4, 6)
+CHAIN, INPUT_CHAIN = "NETPOL", "NETPOL-INPUT"
+BRANCHES: Mapping[Direction, str] = {"egress": "NETPOL-EGRESS", "ingress": "NETPOL-INGRESS"}
+HEADS: Mapping[Direction, str] = {"egress": "NETPOL-EG-", "ingress": "NETPOL-IN-"}
+CHAIN_NAMES = frozenset({CHAIN, INPUT_CHAIN, *BRANCHES.values()})
+PREFIXES = tuple(HEADS.values())
+"""How names of chains of ours start, and those of sets besides ISOLATED."""
+ISOLATED = "NETPOL-ISOLATED-"
+COMMENT = 255
+"""Bytes; the kernel takes 256 with the NUL at the end."""
+
+Side: TypeAlias = Literal["src", "dst"]
+_SIDES: Mapping[Direction, Side] = {"egress": "src", "ingress": "dst"}
+"""On which side of a packet the pod is."""
+_PEERS: Mapping[Direction, Side] = {"egress": "dst", "ingress": "src"}
+_PROTOCOLS: Mapping[str, Literal["tcp", "udp", "sctp"]] = {"TCP": "tcp", "UDP": "udp", "SCTP": "sctp"}
+_EVERY_PORT = (0, 65535)
+
+
+class IptablesPolicyChange(NamedTuple):
+    """What may differ from before: chains, whole sets (some of them gone), and members of sets that stay."""
+
+    chains: frozenset[ChainKey]
+    sets: frozenset[str]
+    members: tuple[MemberChange, ...]
+
+
+class IptablesPolicyProgram:
+    """Both families' chains and sets for one node's policies; ``chains`` and ``sets`` are updated in place."""
+
+    def __init__(self) -> None:
+        self.chains: dict[ChainKey, tuple[Rule, ...]] = {}
+        self.sets: IpSets = {}
+        self._members: dict[str, set[Member]] = {}
+        """What the sets hold: the same objects."""
+        self._grouping = Grouping()
+        self._trees = {(f, d): Tree(Addresses(f, HEADS[d], _SIDES[d])) for f in FAMILIES for d in DIRECTIONS}
+        self._lines: dict[Place, tuple[Line, ...]] = {}
+        self._chains_noted: set[ChainKey] = set()
+        self._sets_noted: set[str] = set()
+        self._moves: list[MemberChange] = []
+        for family in FAMILIES:
+            self._set(SetSpec(f"{ISOLATED}{family}", "hash:ip", family), ())
+            for name, rules in _entrance(family).items():
+                self._chain(ChainKey(family, "mangle", name), rules)
+
+    @property
+    def anchors(self) -> tuple[Anchor, ...]:
+        """The rules that lead here."""
+        doors = {"POSTROUTING": CHAIN, "INPUT": INPUT_CHAIN}
+        return tuple(
+            Anchor(ChainKey(family, "mangle", door), Rule(Jump(chain), (Comment("NetworkPolicy"),)))
+            for family in FAMILIES
+            for door, chain in doors.items()
+        )
+
+    def update(self, table: PolicyTable, change: PolicyChange) -> IptablesPolicyChange:
+        """Take in a change of the policy table; return what differs. The first update tells everything."""
+        moves = self._grouping.update(table, change)
+        for group, touched in moves.moved:
+            self._move(group, touched)
+        for group in moves.written:
+            self._write(group)
+        self._lead(moves)
+        for group in moves.gone:
+            self._erase(group)
+        found = IptablesPolicyChange(frozenset(self._chains_noted), frozenset(self._sets_noted), tuple(self._moves))
+        self._chains_noted, self._sets_noted, self._moves = set(), set(), []
+        return found._replace(members=tuple(m for m in found.members if m.spec.name not in found.sets))
+
+    # -- from an address to its group ----------------------------------------------------------------------------------
+
+    def _lead(self, moves: GroupChange) -> None:
+        removed: dict[tuple[Family, Direction], list[Line]] = {key: [] for key in self._trees}
+        added: dict[tuple[Family, Direction], list[Line]] = {key: [] for key in self._trees}
+        for direction, address in sorted(moves.places, key=repr):
+            before = self._lines.pop((direction, address), ())
+            after = tuple(_line(direction, address, *claim) for claim in self._grouping.claims(direction, address))
+            if after:
+                self._lines[direction, address] = after
+            if before != after:
+                removed[address.version, direction] += before
+                added[address.version, direction] += after
+        for (family, direction), tree in self._trees.items():
+            if removed[family, direction] or added[family, direction]:
+                for name, rules in tree.change(removed[family, direction], added[family, direction]).items():
+                    self._chain(ChainKey(family, "mangle", name), rules)
+                self._chain(ChainKey(family, "mangle", BRANCHES[direction]), tree.top)
+        for address in {address for _, address in moves.places}:
+            family = address.version
+            spec = self.sets[f"{ISOLATED}{family}"].spec
+            self._turn(spec, {(int(address),): self._grouping.is_isolated(address)})
+
+    # -- what is written for a group -----------------------------------------------------------------------------------
+
+    def _write(self, group: Group) -> None:
+        for family in FAMILIES:
+            for spec, members in _sets(group, family):
+                self._set(spec, members)
+            self._chain(ChainKey(family, "mangle", _chain_name(group)), tuple(_rules(group, family)))
+
+    def _erase(self, group: Group) -> None:
+        for family in FAMILIES:
+            for spec, _ in _sets(group, family):
+                del self.sets[spec.name], self._members[spec.name]
+                self._sets_noted.add(spec.name)
+            self._chain(ChainKey(family, "mangle", _chain_name(group)), None)
+
+    def _move(self, group: Group, touched: Touched) -> None:
+        for family, (addresses, tuples) in touched.items():
+            union = group.unions[family]
+            if union.everything:
+                continue
+            if addresses:
+                spec = _spec(group, "PEERS", "hash:ip", family)
+                self._turn(spec, {(address,): address in union.peers for address in addresses})
+            if tuples:
+                spec = _spec(group, "TUPLES", "hash:ip,port", family)
+                self._turn(spec, {_tuple(one): one in union.tuples for one in tuples})
+            for ports, rules in _large_ranges(group).items():
+                if not _is_for_everybody(rules):
+                    spec, held = _range_set(group, ports, rules, family)
+                    before = self._members[spec.name]
+                    self._turn(spec, {**dict.fromkeys(before - held, False), **dict.fromkeys(held - before, True)})
+
+    # -- noting --------------------------------------------------------------------------------------------------------
+
+    def _chain(self, key: ChainKey, rules: tuple[Rule, ...] | None) -> None:
+        if self.chains.get(key) == rules:
+            return
+        self._chains_noted.add(key)
+        if rules is None:
+            del self.chains[key]
+        else:
+            self.chains[key] = rules
+
+    def _set(self, spec: SetSpec, members: Iterable[Member]) -> None:
+        """Let a set hold exactly these."""
+        wanted = set(members)
+        if spec.name in self.sets:
+            held = self._members[spec.name]
+            self._turn(spec, {**dict.fromkeys(held - wanted, False), **dict.fromkeys(wanted - held, True)})
+            return
+        self._members[spec.name] = wanted
+        self.sets[spec.name] = IpSet(spec, wanted)
+        self._sets_noted.add(spec.name)
+
+    def _turn(self, spec: SetSpec, present: Mapping[Member, bool]) -> None:
+        """Let members be there or not."""
+        held = self._members[spec.name]
+        added = {member for member, is_there in present.items() if is_there and member not in held}
+        removed = {member for member, is_there in present.items() if not is_there and member in held}
+        if added or removed:
+            held |= added
+            held -= removed
+            self._moves.append(MemberChange(spec, added, removed))
+
+
+def render_policies(table: PolicyTable) -> IptablesPolicyProgram:
+    """Render a whole policy table."""
+    program = IptablesPolicyProgram()
+    program.update(table, PolicyChange(dict.fromkeys(table.pods), dict.fromkeys(table.rules), {}))
+    return program
+
+
+def _entrance(family: Family) -> dict[str, tuple[Rule, ...]]:
+    """Return the chains that are there whatever the policies are."""
+    known = [_rule(Verdict.RETURN, ConnState.of("RELATED", "ESTABLISHED"), says="replies, and errors about connections")]
+    if family == 6:
+        untracked = ConnState.of("UNTRACKED")
+        known.append(_rule(Verdict.RETURN, untracked, protocol="ipv6-icmp", says="neighbour discovery, which is not tracked"))
+    own: dict[Side, SetMatch] = {s: SetMatch(f"{ISOLATED}{family}", (s,), negated=True) for s in ("src", "dst")}
+    rest = _rule(Verdict.DROP, OpensNoConnection(), protocol="tcp", says="the rest of a connection that was cut")
+    leaves = _rule(Jump(BRANCHES["egress"]), says="may it leave?")
+    return {
+        CHAIN: (
+            *known,
+            _rule(Verdict.RETURN, own["src"], own["dst"], says="neither end is a pod here that is isolated"),
+            rest,
+            leaves,
+            _rule(Verdict.RETURN, AddrType(src="LOCAL"), says="from this node"),
+            _rule(Jump(BRANCHES["ingress"]), says="may it come in?"),
+        ),
+        INPUT_CHAIN: (*known, _rule(Verdict.RETURN, own["src"], says="not from a pod here that is isolated"), rest, leaves),
+        **dict.fromkeys(BRANCHES.values(), ()),
+    }
+
+
+def _line(direction: Direction, address: IPAddress, pod: Name, group: Group) -> Line:
+    """Return the rule that leads a pod's packets to its group's chain, and where it stands."""
+    own, is_source = Prefix.host(address), direction == "egress"
+    rule = Rule(
+        Jump(_chain_name(group)),
+        (Comment("/".join(pod)),),
+        source=own,
+        destination=own,
+        source_negated=not is_source,
+        destination_negated=is_source,
+    )
+    return int(address), pod, 0, rule
+
+
+# -- a group ---------------------------------------------------------------------------------------------------------------
+
+
+def _chain_name(group: Group) -> str:
+    return HEADS[group.key.direction] + group.name.partition("-")[2].upper()
+
+
+def _spec(group: Group, part: str, kind: SetType, family: Family) -> SetSpec:
+    return SetSpec(f"{_chain_name(group)}-{part}-{family}", kind, family)
+
+
+def _sets(group: Group, family: Family) -> Iterator[tuple[SetSpec, Iterable[Member]]]:
+    """Yield a group's sets in one family: those that its rules may ever fill, so that peers can come."""
+    union = group.unions[family]
+    if union.everything:
+        return
+    if "peers" in group.parts:
+        yield _spec(group, "PEERS", "hash:ip", family), [(address,) for address in union.peers]
+    if "blocks" in group.parts:
+        yield _spec(group, "BLOCKS", "hash:net", family), [(one,) for block in union.blocks for one in prefixes(block)]
+    if "tuples" in group.parts:
+        yield _spec(group, "TUPLES", "hash:ip,port", family), map(_tuple, union.tuples)
+    if _net_rules(group):
+        yield _spec(group, "NETS", "hash:net,port", family), _nets(group, family)
+    for ports, rules in _large_ranges(group).items():
+        if not _is_for_everybody(rules):
+            yield _range_set(group, ports, rules, family)
+
+
+def _rules(group: Group, family: Family) -> Iterator[Rule]:
+    """Yield a group's chain: what lets through, and then nothing more."""
+    union, peer = group.unions[family], _PEERS[group.key.direction]
+    if union.everything:
+        yield _rule(Verdict.RETURN, says=group.who)
+        return
+
+    def ask(part: str, says: str, *dimensions: Side) -> Rule:
+        return _rule(Verdict.RETURN, SetMatch(f"{_chain_name(group)}-{part}-{family}", dimensions), says=says)
+
+    if "peers" in group.parts:
+        yield ask("PEERS", group.words("peers"), peer)
+    if "blocks" in group.parts:
+        yield ask("BLOCKS", group.words("blocks"), peer)
+    if "tuples" in group.parts:
+        yield ask("TUPLES", group.words("tuples"), peer, "dst")
+    if _net_rules(group):
+        yield ask("NETS", rules_words(_net_rules(group)), peer, "dst")
+    for ports, rules in _large_ranges(group).items():
+        matches: list[Match] = []
+        protocol = _PROTOCOLS[ports.protocol]
+        if (ports.first, ports.last) != _EVERY_PORT:
+            matches.append(Transport(protocol, (ports.first, ports.last)))
+        if not _is_for_everybody(rules):
+            matches.append(SetMatch(f"{_chain_name(group)}-{_range_name(ports)}-{family}", (peer,)))
+        yield _rule(Verdict.RETURN, *matches, protocol=protocol, says=rules_words(rules))
+    yield _rule(Verdict.DROP, says=group.who)
+
+
+def _rule(target: Target, *matches: Match, protocol: Protocol = "", says: str) -> Rule:
+    return Rule(target, (Comment(shorten(says, COMMENT)), *matches), protocol)
+
+
+def _net_rules(group: Group) -> list[AllowRule]:
+    """Return the rules that let blocks, or anybody, in on single ports."""
+    return [
+        rule
+        for rule in group.rules.values()
+        if not rule.every_port and (rule.everybody or rule.blocks) and any(map(is_single, group.ports[rule.key]))
+    ]
+
+
+def _nets(group: Group, family: Family) -> Iterator[Member]:
+    for rule in _net_rules(group):
+        networks = _networks(rule, family)
+        for protocol, first, last in filter(is_single, group.ports[rule.key]):
+            for port in range(first, last + 1):
+                yield from ((network, _PROTOCOLS[protocol], port) for network in networks)
+
+
+def _networks(rule: AllowRule, family: Family) -> list[tuple[int, int]]:
+    """Return a rule's peers that are not pods."""
+    if rule.everybody:
+        return prefixes(Interval(family, 0, (1 << BITS[family]) - 1))
+    return [one for block in rule.blocks if block.family == family for one in prefixes(block)]
+
+
+def _large_ranges(group: Group) -> dict[PortRange, list[AllowRule]]:
+    """Return the ranges that are too large to be written port by port, sorted, and the rules that state each."""
+    found: dict[PortRange, list[AllowRule]] = {}
+    for rule in group.rules.values():
+        for ports in () if rule.every_port else group.ports[rule.key]:
+            if not is_single(ports):
+                found.setdefault(ports, []).append(rule)
+    return dict(sorted(found.items()))
+
+
+def _is_for_everybody(rules: list[AllowRule]) -> bool:
+    return any(rule.everybody for rule in rules)
+
+
+def _range_name(ports: PortRange) -> str:
+    return "R" + hashlib.sha256(repr(tuple(ports)).encode()).hexdigest()[:5].upper()
+
+
+def _range_set(group: Group, ports: PortRange, rules: list[AllowRule], family: Family) -> tuple[SetSpec, set[Member]]:
+    """Return who may use a large range of ports."""
+    pods: set[Member] = {((int(a), BITS[family]),) for rule in rules for a in rule.pods if a.version == family}
+    blocks: set[Member] = {(one,) for rule in rules for one in _networks(rule, family)}
+    return _spec(group, _range_name(ports), "hash:net", family), pods | blocks
+
+
+def _tuple(one: Tuple) -> Member:
+    return (one.address, _PROTOCOLS[one.protocol], one.port)
