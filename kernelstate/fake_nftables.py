@@ -99,7 +99,7 @@ class FakeNftables:
             if not named.dynamic:
                 same = {plain_key(k): k for k in like.elements.get(name, ())}
                 held = table.elements[name].items() if named.key else ()
-                elements[name] = {same.get(key := _key(named, text), key): _data(named, data) for text, data in held}
+                elements[name] = {same.get(k := _key(named, text), k): _data(named, data) for text, data in held}
         return Table(chains, sets, elements)
 
     def apply(self, text: str) -> None:
