@@ -9,7 +9,7 @@ help: ## what each target does
 
 setup: .venv/.done ## install Debian's packages (packages.txt) and the program into .venv
 
-.venv/.done: pyproject.toml packages.txt $(wildcard setup.py)
+.venv/.done: pyproject.toml packages.txt $(wildcard setup.py packetpath/Makefile packetpath/*/*.[ch])
 	@want=$$(sed 's/#.*//' packages.txt); missing=$$(for p in $$want; do dpkg -s $$p 2>/dev/null | grep -q '^Status: install ok installed' || echo $$p; done); \
 	if [ -n "$$missing" ]; then echo "installing Debian packages:" $$missing; \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
