@@ -92,11 +92,9 @@ class Oracle:
 def lets_through(rule: AllowRule, flow: Flow) -> bool:
     """Whether one rule lets a connection through."""
     peer = flow.source if rule.key.direction == "ingress" else flow.destination
-    named = any(d.address == flow.destination and (d.protocol, d.port) == (flow.protocol, flow.port) for d in rule.doors)
-    numbered = rule.every_port or _in_ports(rule.ports, flow)
     if rule.key.direction == "egress":
-        return (is_peer(rule, peer) and numbered) or named
-    return is_peer(rule, peer) and (numbered or named)
+        return (is_peer(rule, peer) and _is_numbered(rule, flow)) or _is_named(rule, flow)
+    return is_peer(rule, peer) and (_is_numbered(rule, flow) or _is_named(rule, flow))
 
 
 def is_peer(rule: AllowRule, address: IPAddress) -> bool:
@@ -104,6 +102,14 @@ def is_peer(rule: AllowRule, address: IPAddress) -> bool:
     if rule.everybody or address in rule.pods:
         return True
     return any(b.family == address.version and b.first <= int(address) <= b.last for b in rule.blocks)
+
+
+def _is_numbered(rule: AllowRule, flow: Flow) -> bool:
+    return rule.every_port or _in_ports(rule.ports, flow)
+
+
+def _is_named(rule: AllowRule, flow: Flow) -> bool:
+    return any(d.address == flow.destination and (d.protocol, d.port) == (flow.protocol, flow.port) for d in rule.doors)
 
 
 def _in_ports(ports: Iterable[PortRange], flow: Flow) -> bool:
@@ -115,7 +121,7 @@ def _why_not(rule: AllowRule, flow: Flow) -> str:
     peer = flow.source if rule.key.direction == "ingress" else flow.destination
     if is_peer(rule, peer):
         return f"fits {peer}, but not {flow.protocol} {flow.port}: it lets through {_port_names(rule.ports, rule.doors)}"
-    if rule.every_port or _in_ports(rule.ports, flow):
+    if _is_numbered(rule, flow) or _is_named(rule, flow):
         return f"fits {flow.protocol} {flow.port}, but not {peer}"
     return f"fits neither {peer} nor {flow.protocol} {flow.port}"
 

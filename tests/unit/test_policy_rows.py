@@ -131,6 +131,12 @@ def test_says_why():
     assert oracle.judge(flow("world", "a/db")).because == ("ingress: NetworkPolicy a/p0: ingress[1] lets it through",)
 
 
+def test_says_why_of_a_port_with_a_name():
+    """A port that is stated by name fits where the pod has it."""
+    oracle = judge("ingress: [{from: [{ipBlock: {cidr: 192.0.2.0/24}}], ports: [{port: pg}]}]")
+    assert oracle.judge(flow("a/web", "a/db")).because[1] == "ingress: a/p0: ingress[0]: fits TCP 5432, but not 10.244.1.1"
+
+
 def test_the_own_node_comes_in_and_pods_reach_themselves():
     """Whatever isolates a pod, its own node reaches it, and it reaches itself."""
     oracle = judge("policyTypes: [Ingress, Egress]")
