@@ -42,16 +42,16 @@ def add_commands(subparsers: Subparsers) -> None:
     _add_bench(subparsers)
 
 
-def _objects(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def _objects(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--objects",
         action="append",
         type=Path,
         metavar="PATH",
-        required=required,
         default=None,
         help="Kubernetes objects: a YAML or JSON file, or a directory of them; may be given several times",
     )
+    parser.add_argument("--kubeconfig", type=Path, metavar="F", help="the API server that objects come from instead")
 
 
 def _node(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -64,7 +64,7 @@ def _node(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 def _add_render(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("render", help="print what would be programmed, in the native tool's syntax; no root")
-    _objects(parser, required=True)
+    _objects(parser)
     _node(parser, required=True)
     parser.add_argument("--part", choices=["services", "policy", "overlay"], help="only this part (default: services)")
     parser.add_argument("--family", choices=["4", "6"], help="only this address family")
@@ -84,7 +84,7 @@ def _local_addresses(parser: argparse.ArgumentParser) -> None:
 
 def _add_explain(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("explain", help="what happens to the first packet of a connection, and why; no root")
-    _objects(parser, required=True)
+    _objects(parser)
     _node(parser, required=True)
     _local_addresses(parser)
     parser.add_argument("--from", dest="source", metavar="SRC", help="namespace/pod, an IP, or node")
@@ -98,7 +98,7 @@ def _add_agent(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("agent", help="the daemon: keep this node's kernel as the objects say")
     parser.add_argument("--config", type=Path, metavar="F", required=True)
     parser.add_argument("--node", metavar="N", help="the Node's name (default: nodeName in the file, else the host name)")
-    _objects(parser, required=True)
+    _objects(parser)
     parser.set_defaults(run=lazy("nodeplane.daemon"))
 
 

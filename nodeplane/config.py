@@ -87,6 +87,16 @@ class ConntrackSection(Strict, frozen=True):
     udp_stream_timeout: str | None = None
 
 
+class ClientConnectionSection(Strict, frozen=True):
+    """``clientConnection``: how the API server is reached."""
+
+    kubeconfig: str = ""
+    accept_content_types: str | None = None
+    content_type: str | None = None
+    qps: float | None = None
+    burst: int | None = None
+
+
 class ServicesSection(Strict, frozen=True):
     """KubeProxyConfiguration."""
 
@@ -102,9 +112,9 @@ class ServicesSection(Strict, frozen=True):
     ipvs: IpvsSection = IpvsSection()
     nftables: NftablesSection = NftablesSection()
     conntrack: ConntrackSection = ConntrackSection()
+    client_connection: ClientConnectionSection = ClientConnectionSection()
     # What follows is kube-proxy's and decides nothing in the modes there are; stating it is allowed and answered in the log.
     feature_gates: dict[str, bool] | None = None
-    client_connection: dict[str, Any] | None = None
     logging: dict[str, Any] | None = None
     bind_address: str | None = None
     healthz_bind_address: str | None = None
@@ -121,7 +131,6 @@ class ServicesSection(Strict, frozen=True):
 
 _UNUSED = [
     "feature_gates",
-    "client_connection",
     "logging",
     "bind_address",
     "healthz_bind_address",
@@ -135,6 +144,7 @@ _UNUSED = [
     "port_range",
     "windows_run_as_service",
 ]
+_UNUSED_CONNECTION = ["accept_content_types", "content_type", "qps", "burst"]
 _UNUSED_CONNTRACK = [
     "max_per_core",
     "min",
@@ -170,6 +180,8 @@ class NodeConfig(msgspec.Struct, frozen=True):
     policy: str = ""
     """Through what NetworkPolicies are enforced, whatever the mode of Services is; empty: they are not."""
     iptables_variant: Literal["auto", "legacy", "nft"] = "auto"
+    kubeconfig: str = ""
+    """The file that says how to reach the API server, where the command line does not."""
     notes: tuple[str, ...] = ()
     """Fields that were stated and change nothing here: one line each for the log."""
 
@@ -238,6 +250,7 @@ def _build(raw: Mapping[str, Any], section: ServicesSection, at: str, node_name:
         overlay=overlay_options,
         policy=_policy(raw.get("policy") or {}, mode, f"{at}mode"),
         iptables_variant=variant,
+        kubeconfig=section.client_connection.kubeconfig,
         notes=_notes(section, at) + (overlay_options.notes if overlay_options else ()),
     )
 
@@ -359,10 +372,14 @@ def _mode(stated: str, at: str) -> str:
 def _notes(section: ServicesSection, at: str) -> tuple[str, ...]:
     """Name the fields that were stated and have no effect here, so that nobody waits for one."""
     stated = [name for name in _UNUSED if getattr(section, name) is not None]
+    connection = [name for name in _UNUSED_CONNECTION if getattr(section.client_connection, name) is not None]
     conntrack = [name for name in _UNUSED_CONNTRACK if getattr(section.conntrack, name) is not None]
-    return tuple(f"{at}{_camel(n)} is stated and changes nothing in this version" for n in stated) + tuple(
-        f"{at}conntrack.{_camel(n)} is stated and changes nothing in this version" for n in conntrack
-    )
+    paths = [
+        *(_camel(name) for name in stated),
+        *(f"clientConnection.{_camel(name)}" for name in connection),
+        *(f"conntrack.{_camel(name)}" for name in conntrack),
+    ]
+    return tuple(f"{at}{path} is stated and changes nothing in this version" for path in paths)
 
 
 def _camel(name: str) -> str:

@@ -17,11 +17,11 @@ import time
 from types import FrameType
 
 from clusterstate.snapshot import Update
-from clusterstate.sources.files import FileSource
 from clusterstate.sources.tree import SourceError
 from kernelstate.errors import KernelStateError
 from kernelstate.linux.conntrack import Conntrack
 from nodeplane.agent import Agent
+from nodeplane.cluster_source import ClusterSource, open_source
 from nodeplane.commands import Failed, Usage
 from nodeplane.config import NodeConfig, load_config
 from nodeplane.config_fields import ConfigError
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the agent; SIGTERM and SIGINT end it and leave the kernel as it is."""
     try:
         config = load_config(args.config, args.node or "")
-        source = FileSource(args.objects)
+        source = open_source(args, config)
     except (ConfigError, SourceError) as error:
         raise Usage(str(error)) from error
     with contextlib.closing(source):
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _follow(config: NodeConfig, source: FileSource, first: Update, args: argparse.Namespace) -> None:
+def _follow(config: NodeConfig, source: ClusterSource, first: Update, args: argparse.Namespace) -> None:
     """Run the agent until a signal ends it, or replaces it."""
     caught: list[int] = []
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -116,7 +116,7 @@ def expected_chains(update: Update) -> int:
     return len(update.snapshot.services) + sum(len(one.endpoints) for group in slices for one in group.values())
 
 
-def build_agent(config: NodeConfig, source: FileSource, chains: int, keeper: LeaseKeeper | None = None) -> Agent:
+def build_agent(config: NodeConfig, source: ClusterSource, chains: int, keeper: LeaseKeeper | None = None) -> Agent:
     """Wire the parts for the current network namespace, in which about ``chains`` chains are going to be."""
     for note in config.notes:
         log.info("%s", note)

@@ -1,4 +1,4 @@
-"""``--objects``, ``--config``, ``--node`` and ``--mode`` of the one-shot commands, read and checked."""
+"""``--objects`` or ``--kubeconfig``, ``--config``, ``--node`` and ``--mode`` of the one-shot commands, read and checked."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import msgspec
 
 from clusterstate.objects import IPAddress
 from clusterstate.snapshot import Snapshot, Update
-from clusterstate.sources.files import load_objects
-from clusterstate.sources.tree import SourceError
 from kernelstate.objects.address import Prefix
+from nodeplane.cluster_source import read_once
 from nodeplane.commands import Usage
 from nodeplane.config import NodeConfig, default_config, load_config
 from nodeplane.config_fields import ConfigError
@@ -38,10 +37,11 @@ def read_view(args: argparse.Namespace) -> NodeView:
     try:
         mode = args.mode or ""
         config = load_config(args.config, args.node, mode) if args.config else default_config(args.node, mode)
-        snapshot, errors = load_objects(args.objects)
-    except (ConfigError, SourceError) as error:
+    except ConfigError as error:
         raise Usage(str(error)) from error
-    for fault in errors:
+    found = read_once(args, config)
+    snapshot = found.snapshot
+    for fault in found.errors:
         print(f"nodeplane: {'' if fault.kept else 'left out: '}{fault}", file=sys.stderr)
     if config.node_name not in snapshot.nodes and snapshot.nodes:
         names = ", ".join(sorted(snapshot.nodes))

@@ -1,6 +1,7 @@
 """A chain as a tree means what the chain means, and its shape tells nothing of how it came about."""
 
 import itertools
+import os
 from ipaddress import ip_address
 
 import msgspec
@@ -18,6 +19,7 @@ from proxy.oracle import Oracle
 from proxy.render.iptables_program import render_iptables
 from proxy.render.iptables_shared import SharedChain
 
+EXAMPLES = 400 if os.environ.get("EXPLORE") else 80
 CHAIN = "KUBE-EXTERNAL-SERVICES"
 NETWORKS = {4: (0x0A600000, 0xCB007100, 0), 6: (0xFD00 << 112, 0x20010DB8 << 96, 0)}
 TARGETS = (Verdict.DROP, Verdict.ACCEPT, Reject())
@@ -92,7 +94,7 @@ def walker(family, chains):
     return Simulator(Ruleset(chains, (door,)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(st.sampled_from([4, 6]).flatmap(lambda f: st.tuples(st.just(f), services(f))), st.sampled_from([1, 3, 20]))
 def test_tree_means_what_the_list_means(drawn, above):
     """Each packet to a rule's address and port, or close by, meets the same rule in the tree as in the list."""
@@ -104,7 +106,7 @@ def test_tree_means_what_the_list_means(drawn, above):
         assert meets(by_tree, family, destination) == meets(by_list, family, destination), destination
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(st.sampled_from([4, 6]).flatmap(lambda f: st.tuples(services(f), services(f), st.just(f))), st.data())
 def test_shape_forgets_its_history(drawn, data):
     """Services that come, change and go one by one or several at a time leave the chains that one settlement makes."""

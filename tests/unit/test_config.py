@@ -29,17 +29,18 @@ def test_plain_kube_proxy_configuration():
             "nodePortAddresses": ["primary"],
             "detectLocalMode": "BridgeInterface",
             "detectLocal": {"bridgeInterface": "cni0"},
-            "clientConnection": {"kubeconfig": "/var/lib/kube-proxy/kubeconfig.conf"},
+            "clientConnection": {"kubeconfig": "/var/lib/kube-proxy/kubeconfig.conf", "qps": 5},
         }
     )
     settings = config.services
+    assert config.kubeconfig == "/var/lib/kube-proxy/kubeconfig.conf"
     assert config.node_name == "worker-1"
     assert (config.sync_period, config.min_sync_period) == (90.0, 0.1)
     assert settings.cluster_cidrs == (Prefix.parse("10.244.0.0/16"), Prefix.parse("fd00:10:244::/56"))
     assert (settings.mark, settings.masquerade_all, settings.tcp_be_liberal) == (1 << 10, True, True)
     assert (settings.node_port_addresses, settings.detect_local_mode) == ("primary", "BridgeInterface")
     assert config.notes == (
-        "clientConnection is stated and changes nothing in this version",
+        "clientConnection.qps is stated and changes nothing in this version",
         "conntrack.maxPerCore is stated and changes nothing in this version",
     )
 

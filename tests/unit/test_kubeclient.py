@@ -1,0 +1,228 @@
+"""An API server over HTTP: credentials of every kind, answers that break off, and the commands that ask it."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fake_api import FakeApi, node, service
+
+from clusterstate.sources import kubeclient
+from clusterstate.sources.kubeclient import KubeClient
+from clusterstate.sources.reflector import ApiError
+from nodeplane.__main__ import main
+
+Check = Callable[[BaseHTTPRequestHandler], bool]
+
+
+class Server:
+    """A FakeApi behind HTTP, on a port of loopback that the kernel chose."""
+
+    def __init__(self, check: Check = lambda _request: True, tls: ssl.SSLContext | None = None) -> None:
+        self.api, self.headers = FakeApi(), list[dict[str, str]]()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                outer.headers.append(dict(self.headers))
+                if not check(self):
+                    self.answer(401, {"kind": "Status", "message": "Unauthorized"})
+                    return
+                path, _, query = self.path.partition("?")
+                parameters = dict(pair.split("=", 1) for pair in query.split("&") if pair)
+                try:
+                    if parameters.get("watch") == "true":
+                        self.stream(path, parameters)
+                    else:
+                        self.answer(200, json.loads(outer.api.get(path, parameters)))
+                except ApiError as error:
+                    self.answer(error.status or 503, {"kind": "Status", "message": str(error)})
+
+            def answer(self, status: int, body: Any) -> None:
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def stream(self, path: str, parameters: dict[str, str]) -> None:
+                self.send_response(200)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                for line in outer.api.lines(path, parameters):
+                    half = len(line) // 2
+                    for piece in (line[:half], line[half:] + b"\n"):  # lines and chunks have nothing to do with each other
+                        self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                self.close_connection = True  # in the middle of the answer: no last chunk
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        if tls is not None:
+            self.http.socket = tls.wrap_socket(self.http.socket, server_side=True)
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.http.server_port}"
+        self._thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self.api.away("the test is over")
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def served() -> Iterator[Callable[..., Server]]:
+    """Return what starts servers."""
+    started: list[Server] = []
+
+    def start(*args: Any, **more: Any) -> Server:
+        started.append(Server(*args, **more))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
+
+
+def kubeconfig(folder: Path, server: str, user: dict[str, Any], **cluster: str) -> Path:
+    """Write a kubeconfig."""
+    context = {"cluster": "c", "user": "u"}
+    content = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "x",
+        "clusters": [{"name": "c", "cluster": {"server": server, **cluster}}],
+        "users": [{"name": "u", "user": user}],
+        "contexts": [{"name": "x", "context": context}],
+    }
+    path = folder / "kubeconfig"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_token_is_sent_and_read_again_when_it_is_refused(tmp_path, served):
+    """The token of the file goes with each request; after 401 the file is read again, once."""
+    accepted = ["Bearer one"]
+    server = served(lambda request: request.headers.get("Authorization") in accepted)
+    client = KubeClient(kubeconfig(tmp_path, server.url, {"token": "one"}))
+    assert json.loads(client.get("/version"))["major"] == "1"
+    accepted[:] = ["Bearer two"]
+    with pytest.raises(ApiError, match=r"^401 Unauthorized$"):
+        client.get("/version")
+    kubeconfig(tmp_path, server.url, {"token": "two"})
+    assert json.loads(client.get("/version"))["major"] == "1"
+    assert server.headers[-1]["User-Agent"] == "nodeplane"
+
+
+def test_a_plugin_is_asked_for_the_token(tmp_path, served):
+    """An exec plugin of the kubeconfig says the token."""
+    server = served(lambda request: request.headers.get("Authorization") == "Bearer from-plugin")
+    plugin = tmp_path / "plugin"
+    said = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": {"token": "from-plugin"}}
+    plugin.write_text(f"#!/bin/sh\necho '{json.dumps(said)}'\n")
+    plugin.chmod(0o755)
+    user = {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": str(plugin), "interactiveMode": "Never"}}
+    assert b"major" in KubeClient(kubeconfig(tmp_path, server.url, user)).get("/version")
+
+
+def test_client_certificates(tmp_path, served):
+    """A server that asks for a certificate gets that of the file, and its own is held against the file's authority."""
+    subject = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    made = ["-keyout", tmp_path / "key", "-out", tmp_path / "cert"]
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    command = ["openssl", "req", "-x509", *curve, "-nodes", "-days", "2", *made, *subject]
+    subprocess.run(command, check=True, capture_output=True, timeout=30)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+    context.load_verify_locations(tmp_path / "cert")
+    context.verify_mode = ssl.CERT_REQUIRED
+    server = served(tls=context)
+    files = {"client-certificate": str(tmp_path / "cert"), "client-key": str(tmp_path / "key")}
+    trusted = {"certificate-authority": str(tmp_path / "cert")}
+    assert b"major" in KubeClient(kubeconfig(tmp_path, server.url, files, **trusted)).get("/version")
+    with pytest.raises(ApiError, match="certificate"):
+        KubeClient(kubeconfig(tmp_path, server.url, files)).get("/version")
+    with pytest.raises(ApiError):
+        KubeClient(kubeconfig(tmp_path, server.url, {}, **trusted)).get("/version")
+
+
+def test_an_answer_that_breaks_off(tmp_path, served):
+    """What came whole before a watch breaks off is told, then that it broke off."""
+    server = served()
+    server.api.put("/api/v1/nodes", node("n1"))
+    client = KubeClient(kubeconfig(tmp_path, server.url, {}))
+    lines = client.lines("/api/v1/nodes", {"watch": "true", "resourceVersion": "100"})
+    assert json.loads(next(lines))["object"]["metadata"]["name"] == "n1"
+    server.api.cut()
+    with pytest.raises(ApiError, match="broke off"):
+        next(lines)
+
+
+BAD = {
+    "no file": (None, "kubeconfig"),
+    "no YAML": ("a: [", "kubeconfig: "),
+    "no context": ("apiVersion: v1\nkind: Config\ncurrent-context: gone\n", "gone"),
+    "empty": ("", "Invalid kube-config"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), BAD.values(), ids=list(BAD))
+def test_a_kubeconfig_that_is_none(tmp_path, capsys, text, words):
+    """A file that says nothing usable is named, in one line, with what is wrong."""
+    path = tmp_path / "kubeconfig"
+    if text is not None:
+        path.write_text(text)
+    assert main(["render", "--kubeconfig", str(path), "--node", "n1"]) == 2
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert printed.count("\n") == 1
+
+
+def test_commands_ask_the_server(tmp_path, served, capsys):
+    """``render`` and ``explain`` print from a server what they would from files."""
+    server = served()
+    server.api.put("/api/v1/nodes", node("n1"))
+    server.api.put("/api/v1/services", service("web", "10.96.0.7"))
+    file = kubeconfig(tmp_path, server.url, {})
+    objects = tmp_path / "objects.json"
+    items = [one for held in server.api.objects.values() for one in held.values()]
+    objects.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
+    assert main(["render", "--objects", str(objects), "--node", "n1"]) == 0
+    wanted = capsys.readouterr().out
+    assert "ns/web" in wanted
+    assert main(["render", "--kubeconfig", str(file), "--node", "n1"]) == 0
+    assert capsys.readouterr().out == wanted
+    assert main(["explain", "--kubeconfig", str(file), "--node", "n1", "--from", "node", "--to", "10.96.0.7:80"]) == 0
+    assert "ns/web" in capsys.readouterr().out
+
+
+def test_a_server_that_is_away(tmp_path, served, capsys, monkeypatch):
+    """A command that asks a server which does not answer says which, and why, and ends with 1."""
+    monkeypatch.setattr("nodeplane.cluster_source.ONE_SHOT", 0.5)
+    monkeypatch.setattr(kubeclient, "CONNECT", 0.2)
+    server = served()
+    server.api.away("etcd is away")
+    file = kubeconfig(tmp_path, server.url, {})
+    assert main(["render", "--kubeconfig", str(file), "--node", "n1"]) == 1
+    assert "503 etcd is away" in capsys.readouterr().err
+
+
+def test_files_or_a_server(tmp_path, capsys):
+    """Objects come from one place, and from somewhere."""
+    file = kubeconfig(tmp_path, "http://127.0.0.1:1", {})
+    assert main(["render", "--kubeconfig", str(file), "--objects", str(file), "--node", "n1"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+    assert main(["render", "--node", "n1"]) == 2
+    assert "give --objects or --kubeconfig" in capsys.readouterr().err
