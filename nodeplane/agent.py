@@ -26,6 +26,7 @@ from clusterstate.snapshot import Name, Update
 from nodeplane.flows import FlowKeeper
 from nodeplane.kernel import NodeKernel
 from nodeplane.pipeline import Desired, HostFacts, Pipeline
+from nodeplane.pod_gate import PodGate
 from nodeplane.policy_flows import PolicyFlows
 from nodeplane.status import PeerStatus, Status
 from proxy.health import HealthEndpoint, Places
@@ -90,12 +91,14 @@ class Agent:
         flows: FlowKeeper | None = None,
         policy_flows: PolicyFlows | None = None,
         health: HealthPort | None = None,
+        gate: PodGate | None = None,
         publish: Callable[[Status], None],
         status: Status,
         watched: Sequence[int] = (),
     ) -> None:
         self.pipeline, self.source, self.host = pipeline, source, host
         self.kernel, self.flows, self.policy_flows, self.health = kernel, flows, policy_flows, health
+        self.gate = gate
         self.publish, self.status = publish, status
         self.watched = tuple(watched)
         """Descriptors that become readable when a reconciler may have drifted."""
@@ -122,6 +125,8 @@ class Agent:
 
     def take(self, update: Update) -> None:
         """Compile and render an update and hand the result to the reconcilers; writes nothing yet."""
+        if self.gate is not None:
+            update = self.gate.amend(update)
         before, self._update = self.desired, update
         self.desired = desired = self.pipeline.update(update, self._facts)
         if self.flows is not None:
@@ -142,6 +147,8 @@ class Agent:
             reports.append(self.flows.sync(frozenset(self._facts.local_addresses), time.monotonic()))
         if self.policy_flows is not None and all(r.ok for r in reports if r.part in self.kernel.policy_parts):
             reports.append(self.policy_flows.sync(frozenset(self._facts.local_addresses)))
+            if self.gate is not None and self._update is not None:
+                self.gate.settle(self._update.snapshot)
         errors = (*self._host_errors, *(e for r in reports for e in r.errors), *self._open_health_ports())
         written = [f"{r.changed} in {r.part}" for r in reports if r.changed]
         if written:
@@ -177,7 +184,8 @@ class Agent:
         """Go on until ``stop`` says so; ``wake`` is a descriptor that becomes readable when it should be asked."""
         poller = select.poll()
         source, host = self.source.fileno(), self.host.fileno()
-        for descriptor in (source, host, wake, *self.watched):
+        gate = [self.gate.fileno()] if self.gate is not None else []
+        for descriptor in (source, host, wake, *gate, *self.watched):
             poller.register(descriptor, select.POLLIN)
         waiting = False
         while not stop():
@@ -200,6 +208,9 @@ class Agent:
         due = update is not None or host_changed or self._is_due()
         newest = update or self._update
         assert newest is not None
+        if self.gate is not None and self.gate.take():
+            due = True
+            update = update or msgspec.structs.replace(newest, changed=frozenset(), service_changed=frozenset())
         if host_changed or (update is not None and self._node(update) != self._node(self._update)):
             facts = self.host.facts(self._node(newest))
             if facts != self._facts:

@@ -15,6 +15,7 @@ from kernelstate.ports import Reconciler
 from kernelstate.reconcile import NetfilterReconciler
 from kernelstate.reconcile_forwarder import ForwarderReconciler
 from kernelstate.reconcile_links import LinkReconciler
+from nodeplane import pod_gate
 from nodeplane.commands import Failed
 from nodeplane.host_kernel import FORWARDER, VARIANTS, other_modes, overlay_tables, policy_sets, policy_tables, tunnel_programs
 from nodeplane.lease_store import STATE_FILE as LEASE_FILE
@@ -47,6 +48,7 @@ def run(_args: argparse.Namespace) -> int:
         with contextlib.suppress(OSError):
             SUBNET_FILE.parent.rmdir()
     # The key in etcd is the cluster's: it ends by itself, and until then keeps the subnet for this node.
+    pod_gate.remove()
     for file in (LEASE_FILE, STATUS_FILE, LOCK_FILE):
         file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):

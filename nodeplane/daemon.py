@@ -20,6 +20,7 @@ from clusterstate.snapshot import Update
 from clusterstate.sources.tree import SourceError
 from kernelstate.errors import KernelStateError
 from kernelstate.linux.conntrack import Conntrack
+from nodeplane import pod_gate
 from nodeplane.agent import Agent
 from nodeplane.cluster_source import ClusterSource, open_source
 from nodeplane.commands import Failed, Usage
@@ -32,6 +33,7 @@ from nodeplane.host_kernel import host_kernel
 from nodeplane.lease_keeper import LeaseKeeper
 from nodeplane.network_config import with_network
 from nodeplane.pipeline import Pipeline
+from nodeplane.pod_gate import PodGate
 from nodeplane.policy_flows import PolicyFlows
 from nodeplane.status import AlreadyRunningError, Status, take_lock, write_status
 
@@ -152,4 +154,9 @@ def build_agent(config: NodeConfig, source: ClusterSource, chains: int, keeper: 
         watched=host.watched,
     )
     agent.health = HealthServers(agent.is_healthy)
+    if config.policy:
+        agent.gate = PodGate(config.node_name)
+        agent.gate.open()
+    else:
+        pod_gate.remove()
     return agent

@@ -47,6 +47,8 @@ _FIELDS: dict[str, type] = {
     "hairpinMode": bool,
     "forceAddress": bool,
     "ipMasq": bool,
+    "policySocket": str,
+    "policyWaitSeconds": int,
 }
 """What the plugin reads, and the JSON type it must have. Other keys are the runtime's or other plugins', and no business of ours."""
 _JSON_NAMES = {str: "a string", int: "a whole number", bool: "true or false", dict: "an object"}
@@ -67,6 +69,8 @@ def check_config(conf: Json) -> None:
         raise _wrong(conf, "mode", " or ".join(MODES))
     if conf.get("mtu", SMALLEST_MTU) < SMALLEST_MTU:
         raise _wrong(conf, "mtu", f"at least {SMALLEST_MTU}")
+    if conf.get("policyWaitSeconds", 1) < 1:
+        raise _wrong(conf, "policyWaitSeconds", "at least 1")
     if conf.get("ipMasq"):
         raise CniError(INVALID_CONFIG, "ipMasq: must be false, is true: masquerading is the agent's (overlay.ipMasq)")
     bridge = conf.get("bridge")

@@ -1,6 +1,6 @@
 """ADD and DEL: the order in which a pod is attached and taken away, and what is undone when something fails in between.
 
-    ADD   veth pair (fails if the pod has the interface) -> record -> addresses -> both ends configured -> result
+    ADD   veth pair (fails if the pod has the interface) -> record -> addresses -> policies in force -> both ends configured -> result
     DEL   record, else what can be said without -> addresses given back -> link -> record away
 
 ADD undoes in reverse what it did. DEL does all it can, whatever is missing; what fails is told at the end, and the record stays, so
@@ -17,7 +17,7 @@ from types import ModuleType
 from kernelstate.errors import KernelRefusedError
 from kernelstate.linux.netns_file import is_held, is_own
 from kernelstate.linux.pod_link import alias_of, links_in, open_links
-from nodeplane.cni import bridge, ipam, routed, store
+from nodeplane.cni import bridge, gate, ipam, routed, store
 from nodeplane.cni.config import TYPE, render, stated_mac
 from nodeplane.cni.delegate import call_plugin
 from nodeplane.cni.protocol import INVALID_NETNS, IO_FAILURE, KERNEL_REFUSED, Attachment, CniError, Json
@@ -30,7 +30,7 @@ MODULES: dict[str, ModuleType] = {"routed": routed, "bridge": bridge}
 def add(conf: Json, attachment: Attachment, environment: Environment) -> Json:
     """Attach a pod; return the result in the form of 1.1.0. Raises CniError, KernelRefusedError; then nothing is left."""
     check_netns(attachment, environment)
-    rendered = render(conf)
+    rendered = {**render(conf), **{key: conf[key] for key in ("policySocket", "policyWaitSeconds") if conf.get(key)}}
     mac = stated_mac(conf, attachment.args)
     with contextlib.ExitStack() as undo:
         if rendered["type"] == TYPE:
@@ -49,6 +49,7 @@ def _attach(conf: Json, attachment: Attachment, environment: Environment, mac: s
     undo.callback(store.forget, conf, attachment)
     undo.callback(_try, ipam.ask, "DEL", conf, environment)
     given = ipam.addresses(conf, environment)
+    gate.wait(conf, attachment, [one["address"].partition("/")[0] for one in given["ips"]])
     result: Json = mode.connect(conf, attachment, ends, given)
     return result
 

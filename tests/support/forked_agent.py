@@ -22,6 +22,8 @@ from nodeplane.flows import FlowKeeper
 from nodeplane.host import LinuxHost
 from nodeplane.host_kernel import host_kernel
 from nodeplane.pipeline import Pipeline
+from nodeplane.pod_gate import PodGate
+from nodeplane.policy_flows import PolicyFlows
 from nodeplane.status import Status, read_status, write_status
 
 SECONDS = 60.0
@@ -39,6 +41,7 @@ class ForkedAgent:
         *,
         node: str = "n1",
         overlay: dict | None = None,
+        policy: str = "",
         forwarder: Callable[[], LinuxForwarder | None] = lambda: None,
     ) -> None:
         """Take a function that makes the forwarder of backend udp in the agent's own process; None: the usual one."""
@@ -54,6 +57,7 @@ class ForkedAgent:
                     **services,
                 },
                 **({"overlay": overlay} if overlay else {}),
+                **({"policy": {"enabled": True, "mode": policy}} if policy else {}),
             }
         )
         self.pid = 0
@@ -83,6 +87,8 @@ class ForkedAgent:
             host=LinuxHost(self.config),
             kernel=host.kernel,
             flows=FlowKeeper(Conntrack(), self.config.services),
+            policy_flows=PolicyFlows(Conntrack()) if self.config.policy else None,
+            gate=self._gate(),
             publish=lambda status: write_status(status, self.status),
             status=Status(pid=os.getpid(), node=self.node, mode=self.config.mode),
             watched=host.watched,
@@ -90,6 +96,13 @@ class ForkedAgent:
         agent.start(source.load())
         wake, _ = os.pipe()
         agent.run(lambda: False, wake)
+
+    def _gate(self) -> PodGate | None:
+        if not self.config.policy:
+            return None
+        gate = PodGate(self.node, self.status.with_name("policy.sock"), self.status.with_name("told.json"))
+        gate.open()
+        return gate
 
     def kill(self) -> None:
         """End it with SIGKILL, wherever it is."""
