@@ -194,28 +194,29 @@ class Agent:
                 os.read(wake, 64)
             waiting = waiting or source in ready
             host_changed = host in ready and self.host.changed()
-            if waiting and time.monotonic() >= self._last_end + self.pipeline.config.min_sync_period:
-                self._round(self._newest(), host_changed)
+            # A pod that starts waits for no period: what it waits for may be among the objects that do.
+            asked = self.gate is not None and self.gate.take()
+            if waiting and (asked or time.monotonic() >= self._last_end + self.pipeline.config.min_sync_period):
+                self._round(self._newest(), host_changed, asked)
                 waiting = False
                 poller.modify(source, select.POLLIN)
             else:
-                self._round(None, host_changed)
+                self._round(None, host_changed, asked)
                 if waiting:
                     poller.modify(source, 0)  # its change waits for the minimum period; do not spin on it
 
-    def _round(self, update: Update | None, host_changed: bool) -> None:
-        """Take in what is new and sync if anything is due."""
-        due = update is not None or host_changed or self._is_due()
+    def _round(self, update: Update | None, host_changed: bool, asked: bool) -> None:
+        """Take in what is new, ``asked`` for pods that start among it, and sync if anything is due."""
+        due = update is not None or host_changed or asked or self._is_due()
         newest = update or self._update
         assert newest is not None
-        if self.gate is not None and self.gate.take():
-            due = True
-            update = update or msgspec.structs.replace(newest, changed=frozenset(), service_changed=frozenset())
+        nothing: frozenset[Never] = frozenset()
+        if asked:
+            update = update or msgspec.structs.replace(newest, changed=nothing, service_changed=nothing)
         if host_changed or (update is not None and self._node(update) != self._node(self._update)):
             facts = self.host.facts(self._node(newest))
             if facts != self._facts:
                 self._facts = facts
-                nothing: frozenset[Never] = frozenset()
                 update = update or msgspec.structs.replace(newest, changed=nothing, service_changed=nothing)
         if update is not None:
             self.take(update)

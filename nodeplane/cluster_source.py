@@ -4,7 +4,8 @@
     --kubeconfig F                  the server that a kubeconfig names
     neither, agent alone            services.clientConnection.kubeconfig, else the service account of the pod the agent runs in
 
-What is asked of a server follows from the configuration: no pods where no policy is enforced, and no other nodes without an overlay.
+What an agent asks of a server follows from its configuration: no pods where no policy is enforced, no other nodes without an overlay. A
+command that prints an answer asks for everything once, for it may be about any of it.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ class _Server:
         wanted = resources(
             config.node_name,
             services=config.services is not None,
-            all_nodes=overlay is not None and overlay.etcd is None,
-            policies=bool(config.policy),
+            all_nodes=timeout is not None or (overlay is not None and overlay.etcd is None),
+            policies=timeout is not None or bool(config.policy),
         )
         try:
             self._client = KubeClient(kubeconfig)

@@ -156,7 +156,10 @@ def build_agent(config: NodeConfig, source: ClusterSource, chains: int, keeper: 
     agent.health = HealthServers(agent.is_healthy)
     if config.policy:
         agent.gate = PodGate(config.node_name)
-        agent.gate.open()
+        try:
+            agent.gate.open()
+        except OSError as error:
+            raise Failed(f"{pod_gate.SOCKET}: cannot be listened on: {error.strerror or error}") from error
     else:
         pod_gate.remove()
     return agent

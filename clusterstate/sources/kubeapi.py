@@ -23,7 +23,7 @@ from msgspec.structs import replace
 
 from clusterstate.objects import ObjectRef
 from clusterstate.snapshot import Name, ObjectError, Update
-from clusterstate.sources.holdings import Holding, Holdings, held
+from clusterstate.sources.holdings import NOTHING, Holding, Holdings, held
 from clusterstate.sources.reflector import Api, ApiError, Changed, Listed, News, Reflector, Resource, Trouble
 from clusterstate.sources.tree import gc_paused
 
@@ -177,8 +177,8 @@ class KubeSource:
                     self._troubles.pop(resource, None)
 
     def _before(self, path: str, files: Mapping[str, Holding | None]) -> Holding:
-        pending = files.get(path)
-        return pending if pending is not None else self._holdings.of(path)
+        """Return what was known of an object; nothing of one that has gone meanwhile."""
+        return (files[path] or NOTHING) if path in files else self._holdings.of(path)
 
     # -- what is said ----------------------------------------------------------------------------------------------------
 

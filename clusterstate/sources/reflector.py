@@ -18,6 +18,7 @@ Source: Kubernetes API concepts (efficient detection of changes, streaming lists
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -40,6 +41,8 @@ ABSENT_WAIT = 300.0
 FRUITLESS = 3
 """After so many watches in a row without an event, the version they began from is doubted."""
 NO_PARAMETERS: Mapping[str, str] = {}
+
+log = logging.getLogger("nodeplane.api")
 
 
 class ApiError(Exception):
@@ -144,6 +147,9 @@ class Reflector:
         self._seen: dict[str, int] = {}
         """The newest version of every object of which there was an event since the list."""
         self._failures = self._fruitless = 0
+        self._forgotten = 0
+        """How often in a row history was forgotten before there was an event."""
+        self._is_listed = False
 
     def run(self) -> None:
         """List and watch until told to stop."""
@@ -156,6 +162,9 @@ class Reflector:
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 self._fruitless += 1
                 wait = self._failed(ApiError(0, f"answered what cannot be read: {error}"))
+            except Exception as error:  # a thread that ended would leave its kind as it is, and nobody would know
+                log.exception("list and watch %s", self._resource.kind)
+                wait = self._failed(ApiError(0, f"{type(error).__name__}: {error}"))
             if wait:
                 self._stop.wait(wait)
 
@@ -169,12 +178,15 @@ class Reflector:
         """Note a failure; return how long to wait."""
         if error.status == 404 and self._resource.optional:
             self._version = ""
-            self._tell(Listed(self._resource, {}))
-            self._tell(Trouble(self._resource, ""))
-            return ABSENT_WAIT
+            if not self._is_listed:  # one that was served and is no more may be served again in a moment
+                self._tell(Listed(self._resource, {}))
+                self._tell(Trouble(self._resource, ""))
+                return ABSENT_WAIT
         if error.status == 410:
             self._version = ""
-            return random.uniform(0, FIRST_WAIT)
+            most = min(FIRST_WAIT * 2.0 ** min(self._forgotten, 16), LONGEST_WAIT)
+            self._forgotten += 1
+            return random.uniform(0, most)
         self._fruitless += error.status > 0
         self._doubt()
         self._failures += 1
@@ -233,7 +245,7 @@ class Reflector:
     def _start_from(self, version: str, objects: dict[str, Parsed]) -> None:
         if not version:
             raise ApiError(0, "a list without a resourceVersion")
-        self._version, self._floor, self._seen = version, _number(version), {}
+        self._version, self._floor, self._seen, self._is_listed = version, _number(version), {}, True
         self._tell(Listed(self._resource, objects))
         self._well()
 
@@ -242,7 +254,7 @@ class Reflector:
     def _watch(self) -> None:
         silent = True
         for event, head in self._events({**self._watching(), "resourceVersion": self._version}):
-            silent, self._fruitless = False, 0
+            silent, self._fruitless, self._forgotten = False, 0, 0
             self._well()
             version = head.metadata.resource_version
             if event.type == "BOOKMARK":

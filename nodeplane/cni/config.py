@@ -52,6 +52,7 @@ _FIELDS: dict[str, type] = {
 }
 """What the plugin reads, and the JSON type it must have. Other keys are the runtime's or other plugins', and no business of ours."""
 _JSON_NAMES = {str: "a string", int: "a whole number", bool: "true or false", dict: "an object"}
+_KEPT = ("cniVersion", "name", "runtimeConfig", "args", "dns", "dataDir", "policySocket", "policyWaitSeconds")
 _BRIDGE_ONLY = ("bridge", "forceAddress", "hairpinMode", "isGateway")
 _OWN_DELEGATE = frozenset({*_BRIDGE_ONLY, "isDefaultGateway", "mtu", "ipMasq", "cniVersion"})
 """Fields of a ``delegate`` without a type that our bridge knows; any other makes it the bridge plugin's."""
@@ -172,7 +173,7 @@ def _render_delegate(conf: Json, env: SubnetEnv) -> Json:
 
 
 def _rendered(conf: Json, options: Json, mtu: int, ipam: Json) -> Json:
-    kept = {key: conf[key] for key in ("cniVersion", "name", "runtimeConfig", "args", "dns", "dataDir") if conf.get(key)}
+    kept = {key: conf[key] for key in _KEPT if conf.get(key)}
     return {**options, **kept, "mtu": mtu, "ipam": ipam}
 
 

@@ -30,7 +30,7 @@ MODULES: dict[str, ModuleType] = {"routed": routed, "bridge": bridge}
 def add(conf: Json, attachment: Attachment, environment: Environment) -> Json:
     """Attach a pod; return the result in the form of 1.1.0. Raises CniError, KernelRefusedError; then nothing is left."""
     check_netns(attachment, environment)
-    rendered = {**render(conf), **{key: conf[key] for key in ("policySocket", "policyWaitSeconds") if conf.get(key)}}
+    rendered = render(conf)
     mac = stated_mac(conf, attachment.args)
     with contextlib.ExitStack() as undo:
         if rendered["type"] == TYPE:

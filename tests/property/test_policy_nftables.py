@@ -6,13 +6,11 @@ import os
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_worlds import NODE_ADDRESS, NODES, clusters, flows, histories
+from policy_worlds import NODE_ADDRESS, NODES, assert_met, clusters, histories
 
 from clusterstate.snapshot import Snapshot
-from kernelstate.simulate import Packet
 from kernelstate.simulate_nftables import NftablesSimulator
 from netpolicy.compile import PolicyCompiler, compile_policies
-from netpolicy.oracle import Oracle
 from netpolicy.render.nftables import NftablesPolicyProgram, render_policies
 
 EXAMPLES = 1000 if os.environ.get("EXPLORE") else 60
@@ -23,14 +21,7 @@ EXAMPLES = 1000 if os.environ.get("EXPLORE") else 60
 def test_tables_meet_the_oracle(cluster, node):
     """Walked through the rendered tables, every connection fares as the oracle says."""
     table = compile_policies(cluster, node)
-    oracle, simulator = Oracle(table), NftablesSimulator(render_policies(table), [NODE_ADDRESS])
-    for flow in flows(cluster):
-        if (flow.source == NODE_ADDRESS) != flow.from_node or flow.source == flow.destination == NODE_ADDRESS:
-            continue
-        packet = Packet(flow.protocol.lower(), flow.source, flow.destination, flow.port, from_local=flow.from_node)
-        verdicts = {path.verdict for path in simulator.walk(packet)}
-        judgement = oracle.judge(flow)
-        assert verdicts == {"accept" if judgement.allowed else "drop"}, (flow, judgement)
+    assert_met(cluster, table, NftablesSimulator(render_policies(table), [NODE_ADDRESS]))
 
 
 @settings(max_examples=EXAMPLES, deadline=None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from ipaddress import ip_address, ip_network
+from typing import Protocol
 
 import msgspec
 from hypothesis import strategies as st
@@ -25,7 +26,9 @@ from clusterstate.objects import (
     Requirement,
 )
 from clusterstate.snapshot import Snapshot
-from netpolicy.oracle import Flow
+from kernelstate.simulate import Packet, Path
+from netpolicy.oracle import Flow, Oracle
+from netpolicy.table import PolicyTable
 
 NODES = ("n1", "n2")
 NAMESPACES = ("a", "b")
@@ -46,6 +49,13 @@ BLOCKS = (
     "fd00:244::/64",
     "::/0",
 )
+
+
+class Walker(Protocol):
+    """A simulator of what is written."""
+
+    def walk(self, packet: Packet) -> tuple[Path, ...]:
+        """Return everything that may happen to a packet."""
 
 
 @st.composite
@@ -168,6 +178,18 @@ def flows(snapshot: Snapshot) -> list[Flow]:
 
 
 # -- what Kubernetes says, from the objects ----------------------------------------------------------------------------
+
+
+def assert_met(snapshot: Snapshot, table: PolicyTable, simulator: Walker) -> None:
+    """See that each connection fares, walked through what is written, as the oracle says."""
+    oracle = Oracle(table)
+    for flow in flows(snapshot):
+        if (flow.source == NODE_ADDRESS) != flow.from_node or flow.source == flow.destination == NODE_ADDRESS:
+            continue
+        packet = Packet(flow.protocol.lower(), flow.source, flow.destination, flow.port, from_local=flow.from_node)
+        verdicts = {path.verdict for path in simulator.walk(packet)}
+        judgement = oracle.judge(flow)
+        assert verdicts == {"accept" if judgement.allowed else "drop"}, (flow, judgement)
 
 
 def allowed(snapshot: Snapshot, flow: Flow) -> tuple[str, str]:

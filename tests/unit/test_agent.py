@@ -313,3 +313,44 @@ def test_host_error_is_retried(make, monkeypatch):
     agent.host.errors = ()
     run_until(agent, lambda: published[-1].synced)
     assert published[-1].errors == ()
+
+
+class Gate:
+    """Somebody asks once, at the first round."""
+
+    def __init__(self):
+        self.event = os.eventfd(1)
+        self.has_asked = False
+
+    def fileno(self):
+        return self.event
+
+    def take(self):
+        asked, self.has_asked = not self.has_asked, True
+        return asked
+
+    def amend(self, update):
+        return update
+
+    def settle(self, snapshot):
+        """Nobody waits here."""
+
+
+def test_a_pod_that_starts_waits_for_no_period(make):
+    """What waits for the minimum period between writes is taken in at once when a pod that starts asks: its object may be there."""
+    slow = parse_config(
+        {
+            "apiVersion": "nodeplane.dev/v1alpha1",
+            "kind": "NodeConfiguration",
+            "nodeName": "n1",
+            "services": {"clusterCIDR": "10.244.0.0/16", "iptables": {"minSyncPeriod": "10m", "syncPeriod": "20m"}},
+        }
+    )
+    source = Source(cluster(1, "10.244.1.2"), changed(cluster(2, "10.244.1.3")))
+    agent, _, _ = make(source, config=slow)
+    agent.gate = Gate()
+    agent.start(source.load())
+    try:
+        run_until(agent, lambda: agent.status.revision == 2)
+    finally:
+        os.close(agent.gate.event)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 import select
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 
 import pytest
 from fake_api import SERVICES, FakeApi, node, service
@@ -126,6 +128,30 @@ def test_forgotten_history_is_listed_again():
         assert after.services["ns", "a"] is before.services["ns", "a"]
 
 
+def test_events_of_the_past_change_nothing():
+    """An event that comes again or too late is passed over: no object comes back, no old version returns, not even for a moment."""
+    api = FakeApi()
+    with following(api) as source:
+        source.load(SECONDS)
+        api.put(SERVICES, service("a", "10.96.0.1"))
+        api.put(SERVICES, service("b", "10.96.0.2"))
+        api.put(SERVICES, service("a", "10.96.0.3"))
+        api.delete(SERVICES, "ns/b")
+        newest = ip_address("10.96.0.3")
+        until(source, lambda s: names(s) == {"a"} and s.services["ns", "a"].cluster_ips == (newest,))
+        seen = []
+        for number in (0, 1):  # the first versions of both
+            api.repeat(SERVICES, number)
+        api.put(SERVICES, service("last", "10.96.0.9"))
+
+        def is_last(snapshot: Snapshot) -> bool:
+            seen.append((names(snapshot) - {"last"}, snapshot.services["ns", "a"].cluster_ips))
+            return "last" in names(snapshot)
+
+        until(source, is_last)
+        assert seen == [({"a"}, (newest,))] * len(seen)
+
+
 def test_a_backup_is_taken_for_what_it_is():
     """A server restored from a backup has older versions: its state counts all the same."""
     api = FakeApi()
@@ -189,6 +215,57 @@ def test_kinds_that_are_not_served():
     api = FakeApi(absent=(SERVICES,))
     with following(api) as source, pytest.raises(ApiError, match=r"no complete list of Service after 0\.3 s: 404 the server"):
         source.load(0.3)
+
+
+def test_a_kind_that_is_served_no_more_stays():
+    """An optional kind that answers 404 after it was listed keeps what is known of it, and an error says so."""
+    path = "/apis/networking.k8s.io/v1/servicecidrs"
+    api = FakeApi()
+    api.put(path, {"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}})
+    with following(api, (Resource("ServiceCIDR", path, optional=True),)) as source:
+        assert set(source.load(SECONDS).snapshot.service_cidrs) == {"kubernetes"}
+        api.absent = (path,)
+        api.cut()
+        end = time.monotonic() + SECONDS
+        while not (update := source.poll()) and time.monotonic() < end:
+            select.select([source], [], [], 0.1)
+        assert update is not None
+        assert set(update.snapshot.service_cidrs) == {"kubernetes"}
+        assert "404" in str(update.errors[0])
+
+
+def test_a_fault_of_ours_is_told_and_tried_again(caplog):
+    """An exception that nobody thought of ends no following: it is in the log and among the errors, and the next attempt follows."""
+    api = FakeApi()
+    api.put(SERVICES, service("a", "10.96.0.1"))
+    real, faults = api.lines, iter([True, True])
+
+    def lines(path, parameters):
+        if next(faults, False):
+            raise ZeroDivisionError("a fault")
+        return real(path, parameters)
+
+    api.lines = lines
+    with following(api) as source:
+        source.load(SECONDS)
+        api.put(SERVICES, service("b", "10.96.0.2"))
+        until(source, lambda s: names(s) == {"a", "b"})
+    assert "ZeroDivisionError: a fault" in caplog.text
+
+
+def test_history_that_is_always_forgotten_is_asked_for_less_and_less(monkeypatch):
+    """After each 410 in a row the wait before the next list may be longer, up to the longest; an event ends the row."""
+    monkeypatch.setattr(random, "uniform", lambda _least, most: most)
+    api = FakeApi()
+    one = reflector.Reflector(api, WANTED[0], lambda _news: None, threading.Event())
+    one._list()
+    assert [round(one._failed(ApiError(410, "gone")), 3) for _ in range(5)] == [0.01, 0.02, 0.04, 0.05, 0.05]
+    one._list()
+    gone = b'{"type":"ERROR","object":{"code":410}}'
+    monkeypatch.setattr(api, "lines", lambda _path, _parameters: iter([api.bookmark(SERVICES, {}).encode(), gone]))
+    with pytest.raises(ApiError):
+        one._watch()
+    assert one._failed(ApiError(410, "gone")) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -137,15 +137,21 @@ def test_a_plugin_is_asked_for_the_token(tmp_path, served):
     assert b"major" in KubeClient(kubeconfig(tmp_path, server.url, user)).get("/version")
 
 
-def test_client_certificates(tmp_path, served):
-    """A server that asks for a certificate gets that of the file, and its own is held against the file's authority."""
+def certified(folder: Path) -> ssl.SSLContext:
+    """Make a certificate of 127.0.0.1, its own authority, as files ``cert`` and ``key``; return a server's context with it."""
     subject = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
-    made = ["-keyout", tmp_path / "key", "-out", tmp_path / "cert"]
+    made = ["-keyout", folder / "key", "-out", folder / "cert"]
     curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
     command = ["openssl", "req", "-x509", *curve, "-nodes", "-days", "2", *made, *subject]
     subprocess.run(command, check=True, capture_output=True, timeout=30)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+    context.load_cert_chain(folder / "cert", folder / "key")
+    return context
+
+
+def test_client_certificates(tmp_path, served):
+    """A server that asks for a certificate gets that of the file, and its own is held against the file's authority."""
+    context = certified(tmp_path)
     context.load_verify_locations(tmp_path / "cert")
     context.verify_mode = ssl.CERT_REQUIRED
     server = served(tls=context)
@@ -156,6 +162,27 @@ def test_client_certificates(tmp_path, served):
         KubeClient(kubeconfig(tmp_path, server.url, files)).get("/version")
     with pytest.raises(ApiError):
         KubeClient(kubeconfig(tmp_path, server.url, {}, **trusted)).get("/version")
+
+
+def test_a_pods_own_account(tmp_path, served, monkeypatch):
+    """In a cluster the pod's token and authority are taken, and a token that was renewed is found."""
+    accepted = ["bearer first"]
+    server = served(lambda request: request.headers.get("Authorization") in accepted, tls=certified(tmp_path))
+    token = tmp_path / "token"
+    token.write_text("first")
+    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_TOKEN_FILENAME", str(token))
+    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_CERT_FILENAME", str(tmp_path / "cert"))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.http.server_port))
+    client = KubeClient(None)
+    assert client.server == server.url
+    assert b"major" in client.get("/version")
+    token.write_text("second")
+    accepted[:] = ["bearer second"]
+    assert b"major" in client.get("/version")
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST")
+    with pytest.raises(ApiError, match="in-cluster configuration: Service host/port is not set"):
+        KubeClient(None)
 
 
 def test_an_answer_that_breaks_off(tmp_path, served):
@@ -204,8 +231,15 @@ def test_commands_ask_the_server(tmp_path, served, capsys):
     assert "ns/web" in wanted
     assert main(["render", "--kubeconfig", str(file), "--node", "n1"]) == 0
     assert capsys.readouterr().out == wanted
-    assert main(["explain", "--kubeconfig", str(file), "--node", "n1", "--from", "node", "--to", "10.96.0.7:80"]) == 0
-    assert "ns/web" in capsys.readouterr().out
+    pod = {"nodeName": "n1", "containers": [{"name": "c"}]}
+    status = {"phase": "Running", "podIPs": [{"ip": "10.244.1.5"}]}
+    server.api.put("/api/v1/pods", {"metadata": {"namespace": "ns", "name": "client"}, "spec": pod, "status": status})
+    assert main(["explain", "--kubeconfig", str(file), "--node", "n1", "--from", "ns/client", "--to", "10.96.0.7:80"]) == 0
+    printed = capsys.readouterr().out
+    assert "10.244.1.5 -> 10.96.0.7:80" in printed
+    assert "ns/web" in printed
+    assert main(["render", "--kubeconfig", str(file), "--node", "n9"]) == 2
+    assert "no such Node among the objects; there are n1" in capsys.readouterr().err
 
 
 def test_a_server_that_is_away(tmp_path, served, capsys, monkeypatch):
