@@ -140,7 +140,7 @@ def popen(name: str, argv: Sequence[str], **options: Any) -> subprocess.Popen[An
         return subprocess.Popen(list(argv), **options)
 
 
-def run(name: str, argv: Sequence[str], *, timeout: float = 30.0, stdin: str | None = None, check: bool = True) -> str:
+def run(name: str, argv: Sequence[str], *, timeout: float = 120.0, stdin: str | None = None, check: bool = True) -> str:
     """Run a program to its end inside ``name`` and return its stdout; with ``check``, failure raises KernelRefusedError."""
     with inside(name):
         done = subprocess.run(list(argv), input=stdin, capture_output=True, text=True, timeout=timeout, check=False)

@@ -197,7 +197,7 @@ def test_bad_input_is_answered_in_json(node: CniNode, data: bytes) -> None:
         "CNI_IFNAME": "eth0",
         "CNI_PATH": "/usr/lib/cni",
     }
-    done = subprocess.run([program], input=data, env=environment, capture_output=True, timeout=30, check=False)
+    done = subprocess.run([program], input=data, env=environment, capture_output=True, timeout=120, check=False)
     answer = json.loads(done.stdout)
     assert (done.returncode, answer["code"]) == (1, 1 if b"9.0.0" in data else 6)
     assert answer["msg"]
@@ -213,7 +213,7 @@ def test_a_pod_reaches_itself_by_nat(node: CniNode, mode: str) -> None:
         ["POSTROUTING", "-s", address, "-d", address, "-j", "MASQUERADE"],
     ):
         command = ["ip", "netns", "exec", node.netns, "iptables", "-w", "-t", "nat", "-I", *rule]
-        subprocess.run(command, check=True, capture_output=True, timeout=20)
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
     with answer_once(pod.container, 80):
         assert connects(pod.container, "10.96.0.1", 80)
 
@@ -227,6 +227,6 @@ def test_rules_see_packets_between_pods_of_a_node(node: CniNode, mode: str) -> N
     (address,) = addresses(runtime.add(server))
     rule = ["PREROUTING", "-d", "10.96.0.1", "-p", "tcp", "-j", "DNAT", "--to-destination", f"{address}:80"]
     command = ["ip", "netns", "exec", node.netns, "iptables", "-w", "-t", "nat", "-I", *rule]
-    subprocess.run(command, check=True, capture_output=True, timeout=20)
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
     with answer_once(server.container, 80):
         assert connects(client.container, "10.96.0.1", 80)

@@ -412,7 +412,7 @@ def certificates(directory: Path) -> Path:
     directory.mkdir()
 
     def openssl(*words: str) -> None:
-        subprocess.run(["openssl", *words], cwd=directory, check=True, capture_output=True, timeout=30)
+        subprocess.run(["openssl", *words], cwd=directory, check=True, capture_output=True, timeout=120)
 
     (directory / "ext").write_text("subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n")
     new = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")

@@ -8,9 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 
+import patience
 import pytest
 import yaml
 
@@ -74,7 +74,7 @@ class Lab:
     def execute(self, *command):
         """Run `nodeplane lab exec node-1`, which becomes the command; return its exit code."""
         program = [sys.executable, "-m", "nodeplane", "lab", "exec", "--name", self.name, "node-1", "--", *command]
-        return subprocess.run(program, timeout=30, check=False).returncode
+        return subprocess.run(program, timeout=120, check=False).returncode
 
     def rules(self, table="nat"):
         """Return node-1's rules of a table that are ours, counters included."""
@@ -128,11 +128,7 @@ def shared():
 
 def eventually(condition, seconds=REPAIR_SECONDS):
     """Poll a condition; return its first true value, or fail after ``seconds``."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "did not come true in time"
-        time.sleep(0.05)
-    return found
+    return patience.eventually(condition, seconds)
 
 
 def without_counters(lines):

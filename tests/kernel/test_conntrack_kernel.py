@@ -27,7 +27,7 @@ def number(text: str) -> int:
 def test_dump_and_delete_exact_flows(family: Family, service: str, backend: str) -> None:
     """A UDP flow shows what was sent and who answers after DNAT; deleting it deletes that one and counts only what was there."""
     if family == 6:
-        subprocess.run(["ip", "-6", "route", "add", "local", "fd00::53/128", "dev", "lo"], check=True, timeout=10)
+        subprocess.run(["ip", "-6", "route", "add", "local", "fd00::53/128", "dev", "lo"], check=True, timeout=120)
     target = f"{backend}:5353" if family == 4 else f"[{backend}]:5353"
     IptablesPort("legacy").apply(
         family, f"*nat\n-A OUTPUT -p udp -m udp --dport 53 -j DNAT --to-destination {target}\nCOMMIT\n"
@@ -83,7 +83,7 @@ def test_local_addresses_are_those_of_links_that_are_up() -> None:
         "ip link set np0 addrgenmode none up",
         "ip addr add 10.9.2.1/24 dev np1",
     ):
-        subprocess.run(command.split(), check=True, timeout=10)
+        subprocess.run(command.split(), check=True, timeout=120)
     assert Addresses().local_addresses() == [
         ("lo", Prefix.parse("127.0.0.1")),
         ("lo", Prefix.parse("::1")),

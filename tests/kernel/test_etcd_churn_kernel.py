@@ -14,6 +14,7 @@ import pytest
 from etcd_node import EtcdNode
 from etcd_server import PREFIX, EtcdServer, etcd_server, wait_for
 from leases import flannel_value
+from patience import Patience
 
 from kernelstate.linux import netns as namespaces
 from kernelstate.linux.netns import inside
@@ -121,10 +122,10 @@ def held(node: EtcdNode) -> set[LinkObject]:
 
 def settle(node: EtcdNode, peers: Peers, what: str, seconds: float = 10.0) -> None:
     """Wait until the kernel holds exactly what the oracle says."""
-    end = time.monotonic() + seconds
+    limit = Patience(seconds)
     while (found := held(node)) != (wanted := peers.expected()):
         missing, extra = sorted(map(str, wanted - found))[:5], sorted(map(str, found - wanted))[:5]
-        assert time.monotonic() < end, f"{what}: missing {missing}, too much {extra}\n{node.log[-3000:]}"
+        assert not limit.over, f"{what}: missing {missing}, too much {extra}\n{node.log[-3000:]}"
         time.sleep(0.05)
 
 

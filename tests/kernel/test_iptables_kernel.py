@@ -124,7 +124,7 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 def iptables(variant: str, *arguments: str, family: Family = 4) -> str:
     command = [f"ip{'6' if family == 6 else ''}tables-{variant}", "-w", "5", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
 def start(port: IptablesPort, desired: Ruleset, families: tuple[Family, ...] = (4,)) -> NetfilterReconciler:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import patience
 import pytest
 
 from kernelstate.linux import netns
@@ -66,12 +67,7 @@ def _command_line(entry: Path) -> bytes:
 
 def until(true: Callable[[], bool], seconds: float = 20.0) -> bool:
     """Poll until something holds; whether it came to that."""
-    end = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
+    return bool(patience.until(true, seconds))
 
 
 @pytest.fixture

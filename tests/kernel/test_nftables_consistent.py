@@ -32,7 +32,7 @@ def addresses(family, network, count):
 
 
 def run(*words):
-    subprocess.run(words, check=True, timeout=10)
+    subprocess.run(words, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -57,7 +57,7 @@ def test_the_kernel_hashes_as_we_do(family):
     )
     tables = render_nftables(ServiceTable({("ns", "web"): (entry,)}), ProxySettings(), NodeFacts("n1"), (family,))
     text = print_table(TableKey(family, TABLE), tables[family])
-    subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True, timeout=30)
+    subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True, timeout=120)
     simulator = NftablesSimulator(tables, addresses(family, 0, CLIENTS))
     expected = {}
     for client in addresses(family, 0, CLIENTS):

@@ -73,7 +73,7 @@ def family(request):
 
 
 def nft_tool(*words):
-    return subprocess.run(["nft", *words], capture_output=True, text=True, check=True, timeout=30).stdout
+    return subprocess.run(["nft", *words], capture_output=True, text=True, check=True, timeout=120).stdout
 
 
 def start(port, tables):
@@ -96,7 +96,7 @@ def test_the_printed_table_is_the_applied_one(port, family):
     """What ``nft -f`` makes of the whole table as printed is observed as equal."""
     desired = nft_tables.table(family)
     text = nft.print_table(TableKey(family, NAME), desired)
-    subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True, timeout=30)
+    subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True, timeout=120)
     assert start(port, {family: desired}).sync() == IN_SYNC
 
 

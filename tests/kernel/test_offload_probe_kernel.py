@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import select
 import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from ipaddress import ip_address
@@ -14,6 +13,7 @@ import pytest
 from false_hardware import FalseHardware
 from overlay_nets import batch, overlay_nodes
 from overlay_worlds import NETWORK
+from patience import Patience
 from udp_nodes import Load, UdpNode, udp_nodes
 
 from kernelstate.linux import ethtool, netns
@@ -129,8 +129,8 @@ def test_agents_find_it_and_set_it_right(make_netns: Callable[[], str], tmp_path
 
 def found_out(node: UdpNode) -> bool:
     """Wait until a node's agent says that it finishes the tunnel's checksums."""
-    end = time.monotonic() + 20
-    while time.monotonic() < end:
+    limit = Patience(20)
+    while not limit.over:
         status = node.agent.read()
         if status is not None and status.finished:
             return status.finished == ("flannel.1",) and netns.call(node.space, ethtool.tx_checksum, "flannel.1") is False

@@ -44,4 +44,4 @@ def test_written_kept_and_removed(in_netns):
 
 
 def nft(command: str) -> str:
-    return subprocess.run(["nft", *command.split()], check=True, capture_output=True, text=True, timeout=20).stdout
+    return subprocess.run(["nft", *command.split()], check=True, capture_output=True, text=True, timeout=120).stdout

@@ -3,10 +3,10 @@
 import select
 import socket
 import struct
-import time
 from ipaddress import ip_address
 
 import pytest
+from patience import Patience
 from pyroute2 import IPRoute
 
 from kernelstate.errors import MissingFeatureError
@@ -64,8 +64,8 @@ def ping(addresses, seconds=5.0):
             echo = struct.pack("!BBH", 8 if v4 else 128, 0, ~total & 0xFFFF) + body
             (four if v4 else six).sendto(echo, (text, 0))
         answered = set()
-        end = time.monotonic() + seconds
-        while answered != waiting and time.monotonic() < end:
+        limit = Patience(seconds)
+        while answered != waiting and not limit.over:
             for sock in select.select([four, six], [], [], 0.2)[0]:
                 data, sender = sock.recvfrom(2048)
                 if (data[20] == 0) if sock is four else (data[0] == 129):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import Patience
 
 from netnslab import vm, vm_initrd, vm_kernel, vm_qemu
 from netnslab.errors import LabError
@@ -104,8 +105,8 @@ def test_a_killed_parent_leaves_nothing():
 
 def started_by(parent: int, wanted: set[str]) -> list[int]:
     """Return a process's children by these names, as soon as all of them are there."""
-    end = time.monotonic() + 30
-    while time.monotonic() < end:
+    limit = Patience(30)
+    while not limit.over:
         names = {(Path(f"/proc/{pid}/comm").read_text().strip()): pid for pid in children(parent)}
         if wanted <= set(names):
             return [names[name] for name in wanted]

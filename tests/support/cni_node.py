@@ -39,14 +39,14 @@ CAPABILITIES = {"ips": True, "mac": True, "portMappings": True}
 
 def ip(namespace: str, *words: str) -> str:
     """Run iproute2 in a namespace; return what it printed."""
-    done = subprocess.run(["ip", "-n", namespace, *words], capture_output=True, text=True, check=True, timeout=20)
+    done = subprocess.run(["ip", "-n", namespace, *words], capture_output=True, text=True, check=True, timeout=120)
     return done.stdout
 
 
 def pings(namespace: str, address: str, *options: str) -> bool:
     """Whether an address answers a packet from a namespace."""
     command = ["ip", "netns", "exec", namespace, "ping", "-c1", "-W2", *options, address]
-    return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
+    return subprocess.run(command, capture_output=True, timeout=120, check=False).returncode == 0
 
 
 class CniNode:

@@ -8,13 +8,13 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+import patience
 
 from kernelstate.linux import netns
 from nodeplane.config_overlay import EtcdOptions
@@ -26,13 +26,7 @@ T = TypeVar("T")
 
 def wait_for(condition: Callable[[], T], what: str, seconds: float = SECONDS) -> T:
     """Ask again and again until there is an answer that counts as true, and return it."""
-    end = time.monotonic() + seconds
-    while True:
-        found = condition()
-        if found:
-            return found
-        assert time.monotonic() < end, f"{what}: not within {seconds:g} s"
-        time.sleep(0.02)
+    return patience.eventually(condition, seconds, what)
 
 
 class EtcdServer:

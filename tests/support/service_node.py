@@ -10,9 +10,10 @@ The node forwards; programming Services is the test's business.
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
+
+import patience
 
 from kernelstate.linux import netns
 
@@ -110,8 +111,4 @@ def end_of(connection: socket.socket, seconds: float = TIMEOUT) -> str:
 
 def eventually(condition: Callable[[], object], seconds: float = TIMEOUT) -> object:
     """Poll a condition until it is true and return its value; fail after ``seconds``."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "did not come true in time"
-        time.sleep(0.02)
-    return found
+    return patience.eventually(condition, seconds)

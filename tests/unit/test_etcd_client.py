@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from patience import Patience
 
 from nodeplane.config_overlay import EtcdOptions
 from nodeplane.etcd_client import CompactedError, EtcdClient, EtcdError
@@ -309,8 +310,8 @@ EVENTS = [Event(EXPECTED.kvs[0]), Event(KeyValue(b"/net/subnets/a", mod_revision
 def read_events(stream, count: int, seconds: float = 3.0) -> list[Event]:
     """Read until there are so many events."""
     found: list[Event] = []
-    end = time.monotonic() + seconds
-    while len(found) < count and time.monotonic() < end:
+    limit = Patience(seconds)
+    while len(found) < count and not limit.over:
         found += stream.read()
     return found
 

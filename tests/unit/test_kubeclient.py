@@ -143,7 +143,7 @@ def certified(folder: Path) -> ssl.SSLContext:
     made = ["-keyout", folder / "key", "-out", folder / "cert"]
     curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
     command = ["openssl", "req", "-x509", *curve, "-nodes", "-days", "2", *made, *subject]
-    subprocess.run(command, check=True, capture_output=True, timeout=30)
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "cert", folder / "key")
     return context
