@@ -1,13 +1,14 @@
-"""Tests of IPVS on a host whose kernel has none: they run in a virtual machine, and are reported as if they had run here.
+"""Tests that run somewhere else at the same time, and are reported as if they had run here.
 
-    this pytest                                              pytest in the machine (netns-lab/vm)
-     starts the machine ------ names of the tests of IPVS -->   runs them, on the same tree, in a process of its own
-     everything else, as always                              one after the other, at a lower priority
-     the tests of IPVS, last     <-- reports, as JSON --------
-     counts, prints, fails                                   (file descriptor 9; what it prints goes to our error, if it breaks)
+    this pytest                                               another process (Beside), or pytest in a machine (netns-lab/vm)
+     starts them ------------------ names of tests -------->    run them, on the same tree, at a lower priority
+     everything else, as always                                 one after the other
+     the others', last        <---- reports, as JSON --------
+     counts, prints, fails                                    (a file descriptor; what they print goes to our error, if they break)
 
-A test belongs to them by the mark ``ipvs``, or by its file's name, tests/kernel/test_ipvs*.py. Where the host has IPVS nothing of
-this happens. They are skipped only where no machine can be had at all; a machine that does not work is a failure.
+To the machine go the tests of IPVS where the host has none: those with the mark ``ipvs``, and those of tests/kernel/test_ipvs*.py.
+They are skipped only where no machine can be had at all; a machine that does not work is a failure. To the other process go the tests
+that touch no kernel (unit, property, golden), when tests of the kernel run as well: these wait most of the time, those compute.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -26,15 +28,18 @@ from kernelstate.linux.ipvs import has_ipvs
 from netnslab import vm, vm_kernel, vm_qemu
 from netnslab.errors import LabError
 
-REPORTS = "NODEPLANE_TEST_REPORTS"  # set in the machine: where reports go
-SECONDS = 900
-NICENESS = 5
+REPORTS = "NODEPLANE_TEST_REPORTS"  # set in the other process: where reports go
+SECONDS = 1200
+NICENESS = {"beside": 3, "machine": 5}
 """Tests that run here at the same time measure how long things take; those in the machine have an emulated CPU anyway."""
 BYTECODE = vm_kernel.CACHE / "bytecode"
+COMPUTING = {"unit", "property", "golden"}
+WORTH_IT = 100
+"""Tests: for fewer, no process is started beside."""
 
 
 class Reporting:
-    """In the machine: writes each report as a line of JSON."""
+    """In the other process: writes each report as a line of JSON."""
 
     def __init__(self, config: pytest.Config, path: str) -> None:
         self._config = config
@@ -46,36 +51,59 @@ class Reporting:
 
 
 class Elsewhere:
-    """On the host: takes the tests of IPVS out of the usual order, and reports what became of them in the machine."""
+    """Here: takes those tests out of the usual order, and reports what became of them."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
-        self._items: list[pytest.Item] = []
-        self._reports: dict[str, list[pytest.TestReport]] | None = None
-        self._machine: _Machine | None = None
+        self._groups: list[_Group] = []
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        chosen = [item for item in items if belongs(item)]
-        if not chosen or has_ipvs():
-            return
+        machine = [] if has_ipvs() else [item for item in items if belongs(item)]
+        beside = [] if self._config.option.usepdb else [item for item in items if item.path.parent.name in COMPUTING]
+        if len(beside) < WORTH_IT or all(item.path.parent.name in COMPUTING for item in items):
+            beside = []
+        self._groups = [
+            _Group(self._config, kind, chosen) for kind, chosen in ((_Beside, beside), (_Machine, machine)) if chosen
+        ]
+        taken = {*beside, *machine}
         # Last, because pytest takes down the fixtures of one test with the next one in view, and these have none here.
-        self._items = chosen
-        items[:] = [*(item for item in items if item not in set(chosen)), *chosen]
+        items[:] = [*(item for item in items if item not in taken), *beside, *machine]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
-        if self._items and not session.config.option.collectonly and not session.testsfailed:
-            self._machine = _Machine(self._items, self._config.rootpath)
+        if not session.config.option.collectonly and not session.testsfailed:
+            for group in self._groups:
+                group.start()
 
     def pytest_sessionfinish(self) -> None:
-        if self._machine is not None:
-            self._machine.close()
+        for group in self._groups:
+            group.close()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        return True if any(group.report(item) for group in self._groups) else None
+
+
+class _Group:
+    """Some tests, and the process in which they run."""
+
+    def __init__(self, config: pytest.Config, kind: type[_Process], items: list[pytest.Item]) -> None:
+        self._config, self._kind, self._items = config, kind, dict.fromkeys(items)
+        self._reports: dict[str, list[pytest.TestReport]] | None = None
+        self._process: _Process | None = None
+
+    def start(self) -> None:
+        self._process = self._kind([item.nodeid for item in self._items], self._config.rootpath)
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.close()
+
+    def report(self, item: pytest.Item) -> bool:
+        """Tell pytest what became of a test; whether it is one of these."""
         if item not in self._items:
-            return None
+            return False
         if self._reports is None:
             self._reports = self._run()
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
@@ -85,50 +113,44 @@ class Elsewhere:
         return True
 
     def _run(self) -> dict[str, list[pytest.TestReport]]:
-        """Wait for the machine; every test has at least one report, whatever happened."""
-        assert self._machine is not None
-        if self._machine.unavailable:
-            reason = f"no IPVS in this kernel, and no virtual machine: {self._machine.unavailable}"
-            return {item.nodeid: [_skipped(item, reason)] for item in self._items}
-        heard, said = self._machine.wait()
+        """Wait for the process; every test has at least one report, whatever happened."""
+        assert self._process is not None
+        if self._process.unavailable:
+            return {item.nodeid: [_skipped(item, self._process.unavailable)] for item in self._items}
+        heard, said = self._process.wait()
         reports: dict[str, list[pytest.TestReport]] = {item.nodeid: [] for item in self._items}
         for line in heard.rpartition("\n")[0].splitlines():
             report = self._config.hook.pytest_report_from_serializable(config=self._config, data=json.loads(line))
             reports[report.nodeid].append(report)
         for item in self._items:
             if all(report.when != "teardown" for report in reports[item.nodeid]):
-                text = f"did not come to an end in the virtual machine\n{said[-4000:]}"
+                text = f"did not come to an end {self._process.place}\n{said[-4000:]}"
                 reports[item.nodeid].append(_failed(item, text))
         return reports
 
 
-class _Machine:
-    """The machine with the tests in it, started at once; a process of its own, which ends with this one however that ends."""
+class _Process:
+    """Pytest with the tests in it, started at once; a process which ends with this one however that ends."""
 
-    def __init__(self, items: list[pytest.Item], folder: Path) -> None:
+    place = ""
+
+    def __init__(self, names: Sequence[str], folder: Path) -> None:
         self.unavailable = ""
         self._process: subprocess.Popen[bytes] | None = None
-        try:
-            vm_qemu.check_host()
-            vm_kernel.fetch()
-        except vm_kernel.UnavailableError as error:
-            self.unavailable = str(error)
-            return
-        except LabError:
-            pass  # the machine says it, and the tests fail with it
-        pytest_there = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(i.nodeid for i in items)]
-        environment = {**os.environ, REPORTS: "/dev/fd/9", "PYTHONPYCACHEPREFIX": str(BYTECODE)}
-        _compile_here([*pytest_there, "--collect-only"], {**environment, REPORTS: os.devnull}, folder)
         self._heard: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  open until close
         self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        machine = [sys.executable, "-m", "netnslab.vm", "--timeout", str(SECONDS), "--"]
+        self.begin([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names], folder)
+
+    def begin(self, words: list[str], folder: Path) -> None:
+        """Start it, or say in ``unavailable`` why it can't be."""
+        raise NotImplementedError
+
+    def run(self, words: Sequence[str], environment: dict[str, str], folder: Path, niceness: int) -> None:
+        """Start ``words``, which has its reports go to its standard output."""
         self._process = subprocess.Popen(
-            [
-                *("setpriv", "--pdeathsig", "KILL", "nice", "-n", str(NICENESS)),
-                *(*machine, "bash", "-c", 'exec 9>&1 >&2; exec "$@"', "bash", *pytest_there),
-            ],
+            ["setpriv", "--pdeathsig", "KILL", "nice", "-n", str(niceness), *words],
             cwd=folder,
-            env=environment,
+            env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=self._heard,
             stderr=self._said,
@@ -150,8 +172,42 @@ class _Machine:
             self._process.kill()
             self._process.wait()
             self._process = None
-            self._heard.close()
-            self._said.close()
+        self._heard.close()
+        self._said.close()
+
+
+REPORTS_TO_OUTPUT = ("bash", "-c", 'exec 9>&1 >&2; exec "$@"', "bash")
+"""Standard output becomes descriptor 9, and what is printed goes where errors go."""
+
+
+class _Beside(_Process):
+    """A process on this host."""
+
+    place = "in the process beside"
+
+    def begin(self, words: list[str], folder: Path) -> None:
+        self.run([*REPORTS_TO_OUTPUT, *words], {REPORTS: "/dev/fd/9"}, folder, NICENESS["beside"])
+
+
+class _Machine(_Process):
+    """A virtual machine."""
+
+    place = "in the virtual machine"
+
+    def begin(self, words: list[str], folder: Path) -> None:
+        try:
+            vm_qemu.check_host()
+            vm_kernel.fetch()
+        except vm_kernel.UnavailableError as error:
+            self.unavailable = f"no IPVS in this kernel, and no virtual machine: {error}"
+            return
+        except LabError:
+            pass  # the machine says it, and the tests fail with it
+        bytecode = {"PYTHONPYCACHEPREFIX": str(BYTECODE)}
+        _compile_here([*words, "--collect-only"], {**os.environ, **bytecode, REPORTS: os.devnull}, folder)
+        machine = [sys.executable, "-m", "netnslab.vm", "--timeout", str(SECONDS), "--"]
+        environment = {**bytecode, REPORTS: "/dev/fd/9"}
+        self.run([*machine, *REPORTS_TO_OUTPUT, *words], environment, folder, NICENESS["machine"])
 
 
 def configure(config: pytest.Config) -> None:
