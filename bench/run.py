@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, str] = {
     "services-change": "bench.services_change",
     "services-full": "bench.services_full",
     "lab-up": "bench.lab_up",
+    "api-sync": "bench.api_sync",
     "drift-repair": "bench.drift_repair",
     "packet-cost": "bench.packet_cost",
     "ipvs-in-vm": "bench.ipvs_in_vm",

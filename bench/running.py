@@ -1,6 +1,6 @@
 """A real agent in a network namespace, with files of its own below one directory, and what can be seen of it from outside.
 
-    ROOT/objects       the cluster, as the caller has written it
+    ROOT/objects       the cluster, as the caller has written it, unless there is a server
     ROOT/config.yaml   the configuration
     ROOT/agent.log     what the agent says
     ROOT/run           its /run/nodeplane: status.json
@@ -11,6 +11,7 @@ The agent ends with the body; the kernel goes on as it programmed it.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -48,10 +49,15 @@ class RunningAgent:
         self._process = process
         self._root = root
 
-    def is_synced(self) -> bool:
-        """Whether its status says so."""
+    def is_synced(self, services: int | None = None) -> bool:
+        """Whether its status says so, with that many Services where a number is given."""
         status = read_status(self._root / "run/status.json")
-        return status is not None and status.synced
+        return status is not None and status.synced and services in {None, status.services}
+
+    def endpoints(self) -> int:
+        """Return how many endpoints its status counts."""
+        status = read_status(self._root / "run/status.json")
+        return status.endpoints if status else 0
 
     def last_sync(self) -> float:
         """Return when its status says it was last in sync, in seconds since the epoch."""
@@ -61,6 +67,11 @@ class RunningAgent:
     def peak_rss(self) -> float:
         """Return its largest resident size so far in MB."""
         return memory("VmHWM", Path(f"/proc/{self._process.pid}/status"))
+
+    def cpu(self) -> float:
+        """Return the CPU time it has used so far in seconds, all threads together. Source: proc(5), stat fields 14 and 15."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def wait(self, is_there: Callable[[], bool], what: str, longest: float = LONGEST) -> None:
         """Ask every 2 ms until it is there. Raises Failed after ``longest`` seconds, or when the agent has ended."""
@@ -79,18 +90,23 @@ class RunningAgent:
 
 @contextmanager
 def running_agent(
-    namespace: str, root: Path, config: Mapping[str, Any], environment: Mapping[str, str] | None = None
+    namespace: str,
+    root: Path,
+    config: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+    kubeconfig: Path | None = None,
 ) -> Iterator[RunningAgent]:
-    """Run an agent while the body runs; ``environment`` None is this process's."""
+    """Run an agent while the body runs, over ROOT/objects or a kubeconfig's server; ``environment`` None is this process's."""
     view = mounts.NodeView(root, root / "objects")
     view.make()
+    view.objects.mkdir(exist_ok=True)
     (root / "config.yaml").write_text(json.dumps(config))
     command = [sys.executable, "-m", "nodeplane", "agent", "--config", str(root / "config.yaml")]
     with (root / "agent.log").open("wb") as log:
         process = mounts.popen(
             namespace,
             view,
-            [*command, "--objects", str(root / "objects")],
+            [*command, *(("--kubeconfig", str(kubeconfig)) if kubeconfig else ("--objects", str(root / "objects")))],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
