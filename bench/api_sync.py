@@ -36,10 +36,13 @@ from nodeplane.commands import Failed
 
 SIZES = (1_000, 10_000)
 NODES = 1_000
-CHANGES = 30
+CHANGES = 10
+REST = 1.1
+"""Seconds of quiet before a change that comes alone."""
 STORM = 1_000
 STORM_MS = 1_000
-IDLE = 20.0
+IDLE = 60.0
+"""Seconds; a full comparison with the kernel, every half minute, is in it."""
 TABLE = TableKey(4, "nodeplane")
 MEASURED = ("nftables", "iptables")
 """Modes in which it can be seen from outside that the kernel has a change."""
@@ -97,11 +100,12 @@ def _measure_one(mode: str, services: int, changes: int, storm: int, idle: float
                     row("first sync", "work", 1000 * agent.cpu(), "ms"),
                     row("first sync", "peak RSS", agent.peak_rss(), "MB"),
                 ]
-                took = _changes(rig, changes)
-                rows += [
-                    row("endpoint", "from event to kernel median", median(took), "ms"),
-                    row("endpoint", "from event to kernel p95", p95(took), "ms"),
-                ]
+                for name, rest in (("endpoint alone", REST), ("endpoint after endpoint", 0.0)):
+                    took = _changes(rig, changes, rest)
+                    rows += [
+                        row(name, "from event to kernel median", median(took), "ms"),
+                        row(name, "from event to kernel p95", p95(took), "ms"),
+                    ]
                 length, behind, work = _storm(rig, storm)
                 rows += [
                     against(row("storm", "from first event to done", length, "ms"), STORM_MS, "the storm itself"),
@@ -113,12 +117,16 @@ def _measure_one(mode: str, services: int, changes: int, storm: int, idle: float
     return rows
 
 
-def _changes(rig: _Rig, changes: int) -> list[float]:
-    """Add an endpoint to a Service and take it away again, in turn at Services spread over all; return milliseconds of each."""
+def _changes(rig: _Rig, changes: int, rest: float) -> list[float]:
+    """Add an endpoint to a Service and take it away again, in turn at Services spread over all; return milliseconds of each.
+
+    ``rest``: seconds of quiet before each.
+    """
     took: list[float] = []
     seen = _Commits(rig.namespace) if rig.mode == "nftables" else _Counts(rig.namespace)
     for i in range(changes):
         for endpoints in (1, 0):
+            time.sleep(rest)
             seen.forget()
             at = rig.server.order(f"endpoint {i * rig.services // changes}")
             took.append(1000 * (seen.next() - at))

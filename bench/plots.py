@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from bench.api_plots import draw_api
 from bench.ipvs_plots import DATAPATH_LOOKS, draw_ipvs
 from bench.overlay_plots import draw_attachment, draw_overlay
 from bench.result import Result, Row, number
@@ -286,7 +287,7 @@ def _cni_add(figure: Any, rows: Sequence[Row]) -> None:
     axes.legend(fontsize=8, loc="upper left")
 
 
-_BY_MODE = frozenset({"services-change", "services-full"})
+_BY_MODE = frozenset({"services-change", "services-full", "api-sync"})
 _INCHES = {"overlay": 9.0, "pod-attachment": 4.0}
 """Height of a picture, where it is not 6."""
 
@@ -294,6 +295,7 @@ _DRAWINGS: dict[str, Callable[[Any, Sequence[Row]], None]] = {
     "services-change": _services_change,
     "services-full": _services_full,
     "lab-up": _lab_up,
+    "api-sync": draw_api,
     "drift-repair": _drift_repair,
     "packet-cost": _packet_cost,
     "ipvs-in-vm": draw_ipvs,

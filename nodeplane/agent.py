@@ -39,8 +39,11 @@ BURST = 0.2
 """Seconds after which a burst is taken in whether it is over or not."""
 DRIFT_CHECK = 1.0
 """Seconds between two cheap looks for somebody else's changes."""
-VERIFY_SHARE = 50
+VERIFY_SHARE = 100
 """At least so many times as long as a full comparison took until the next one."""
+RESTS, LONGEST_REST = 4, 1.0
+"""After a write the next waits so many times as long as that one took, and seconds at most, where no period is configured: a change is
+programmed at once while that is cheap, and a burst takes a fifth of a core; kube-proxy always waits the second."""
 RETRY = 2.0
 """Seconds after which what failed is tried again."""
 
@@ -107,7 +110,7 @@ class Agent:
         self._facts = HostFacts()
         self._failing_since: float | None = None
         self._host_errors: tuple[str, ...] = ()
-        self._last_end = 0.0
+        self._last_end = self._took = 0.0
         self._next_verify = 0.0
         self._retry_at: float | None = None
 
@@ -196,7 +199,7 @@ class Agent:
             host_changed = host in ready and self.host.changed()
             # A pod that starts waits for no period: what it waits for may be among the objects that do.
             asked = self.gate is not None and self.gate.take()
-            if waiting and (asked or time.monotonic() >= self._last_end + self.pipeline.config.min_sync_period):
+            if waiting and (asked or time.monotonic() >= self._rested_at()):
                 self._round(self._newest(), host_changed, asked)
                 waiting = False
                 poller.modify(source, select.POLLIN)
@@ -218,10 +221,17 @@ class Agent:
             if facts != self._facts:
                 self._facts = facts
                 update = update or msgspec.structs.replace(newest, changed=nothing, service_changed=nothing)
+        started = time.monotonic()
         if update is not None:
             self.take(update)
         if due:
             self.sync()
+            self._took = self._last_end - started
+
+    def _rested_at(self) -> float:
+        """Return from when on the next change may be written, on the monotonic clock."""
+        stated = self.pipeline.config.min_sync_period
+        return self._last_end + (min(RESTS * self._took, LONGEST_REST) if stated is None else stated)
 
     def _node(self, update: Update | None) -> Node | None:
         return update.snapshot.nodes.get(self.pipeline.config.node_name) if update else None
@@ -258,7 +268,7 @@ class Agent:
         if self.flows is not None and self.flows.next_due is not None and self._retry_at is None:
             deadlines.append(self.flows.next_due)
         if waiting:
-            deadlines.append(self._last_end + self.pipeline.config.min_sync_period)
+            deadlines.append(self._rested_at())
         return max(0.0, min(deadlines) - now)
 
     # -- what people see ---------------------------------------------------------------------------------------------

@@ -172,8 +172,8 @@ class NodeConfig(msgspec.Struct, frozen=True):
     services: ProxySettings | None = ProxySettings()
     """None: Services are left to somebody else."""
     mode: str = "iptables"
-    min_sync_period: float = 1.0
-    """Seconds between the end of one write and the start of the next."""
+    min_sync_period: float | None = None
+    """Seconds between the end of one write and the start of the next; None: it follows from how long a write takes (agent.py)."""
     sync_period: float = 30.0
     """Seconds between two full comparisons with the kernel."""
     overlay: OverlayOptions | None = None
@@ -255,8 +255,8 @@ def _build(raw: Mapping[str, Any], section: ServicesSection, at: str, node_name:
     )
 
 
-def _periods(section: ServicesSection, mode: str, at: str) -> tuple[float, float]:
-    """Return minSyncPeriod and syncPeriod in seconds, from the section of the mode."""
+def _periods(section: ServicesSection, mode: str, at: str) -> tuple[float | None, float]:
+    """Return minSyncPeriod, if it is known, and syncPeriod in seconds, from the section of the mode."""
     periods: dict[str, IptablesSection | IpvsSection | NftablesSection] = {
         "iptables": section.iptables,
         "ipvs": section.ipvs,
@@ -264,10 +264,12 @@ def _periods(section: ServicesSection, mode: str, at: str) -> tuple[float, float
     }
     stated = periods[mode]
     sync = seconds_at(stated.sync_period, 30.0, f"{at}{mode}.syncPeriod")
-    minimum = seconds_at(stated.min_sync_period, 0.0 if mode == "ipvs" else 1.0, f"{at}{mode}.minSyncPeriod")
+    minimum = 0.0 if mode == "ipvs" else None
+    if stated.min_sync_period is not None:
+        minimum = seconds_at(stated.min_sync_period, 0.0, f"{at}{mode}.minSyncPeriod")
     if sync <= 0:
         raise ConfigError(f"{at}{mode}.syncPeriod: must be greater than 0, is {stated.sync_period}")
-    if minimum > sync:
+    if minimum is not None and minimum > sync:
         raise ConfigError(f"{at}{mode}.minSyncPeriod: must not be greater than syncPeriod, is {minimum:g} s")
     return minimum, sync
 

@@ -354,3 +354,23 @@ def test_a_pod_that_starts_waits_for_no_period(make):
         run_until(agent, lambda: agent.status.revision == 2)
     finally:
         os.close(agent.gate.event)
+
+
+@pytest.mark.parametrize(
+    ("stated", "took", "rest"),
+    [
+        ("", 0.01, 0.04),
+        ("", 5.0, 1.0),
+        ("3s", 0.01, 3.0),
+        ("0s", 5.0, 0.0),
+    ],
+)
+def test_rest_between_writes(make, stated, took, rest):
+    """After a write the agent rests for the stated period; without one four times as long as the write took, a second at most."""
+    stated_period = {"iptables": {"minSyncPeriod": stated}} if stated else {}
+    config = parse_config(
+        {"apiVersion": "nodeplane.dev/v1alpha1", "kind": "NodeConfiguration", "nodeName": "n1", "services": stated_period}
+    )
+    agent, _, _ = make(Source(cluster(1, "10.244.1.2")), config=config)
+    agent._last_end, agent._took = 100.0, took
+    assert agent._rested_at() == pytest.approx(100.0 + rest)
