@@ -36,6 +36,7 @@ def add_commands(subparsers: Subparsers) -> None:
     _add_explain(subparsers)
     _add_agent(subparsers)
     _add_status(subparsers)
+    _add_drops(subparsers)
     from nodeplane.lab_commands import add_lab_parser  # noqa: PLC0415 (only names and options, but many)
 
     add_lab_parser(subparsers)
@@ -108,6 +109,21 @@ def _add_status(subparsers: Subparsers) -> None:
     parser.set_defaults(run=lazy("nodeplane.status_command"))
     parser = subparsers.add_parser("cleanup", help="remove every trace of nodeplane from this node's kernel")
     parser.set_defaults(run=lazy("nodeplane.cleanup"))
+
+
+def _add_drops(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("drops", help="who dropped packets on this machine, and why, as it happens")
+    parser.add_argument("--for", dest="seconds", type=float, metavar="SECONDS", help="how long (default: until stopped)")
+    parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="how often to print (default: 1)")
+    parser.add_argument("--netns", metavar="NAME", help="only in this network namespace, as `ip netns` names it, or host")
+    parser.add_argument("--reason", metavar="R", help="only for this reason, as the kernel names it: NETFILTER_DROP")
+    parser.add_argument("--all", action="store_true", help="also what is always dropped: ends of sockets, neighbours' groups")
+    parser.add_argument(
+        "--latency", action="store_true", help="end with histograms: over a link, and of connecting to each address"
+    )
+    _objects(parser)
+    parser.add_argument("-o", "--output", choices=["text", "json"], default="text", help="json: an object a line")
+    parser.set_defaults(run=lazy("nodeplane.drops"))
 
 
 def _add_bench(subparsers: Subparsers) -> None:
