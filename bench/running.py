@@ -68,6 +68,10 @@ class RunningAgent:
         """Return its largest resident size so far in MB."""
         return memory("VmHWM", Path(f"/proc/{self._process.pid}/status"))
 
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        self._process.send_signal(number)
+
     def cpu(self) -> float:
         """Return the CPU time it has used so far in seconds, all threads together. Source: proc(5), stat fields 14 and 15."""
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()

@@ -96,13 +96,14 @@ class Agent:
         health: HealthPort | None = None,
         gate: PodGate | None = None,
         publish: Callable[[Status], None],
+        alive: Callable[[], None] = lambda: None,
         status: Status,
         watched: Sequence[int] = (),
     ) -> None:
         self.pipeline, self.source, self.host = pipeline, source, host
         self.kernel, self.flows, self.policy_flows, self.health = kernel, flows, policy_flows, health
         self.gate = gate
-        self.publish, self.status = publish, status
+        self.publish, self.status, self.alive = publish, status, alive
         self.watched = tuple(watched)
         """Descriptors that become readable when a reconciler may have drifted."""
         self.desired: Desired | None = None
@@ -193,6 +194,7 @@ class Agent:
         waiting = False
         while not stop():
             ready = {fd for fd, _ in poller.poll(1000 * self._seconds_until_due(waiting))}
+            self.alive()
             if wake in ready:
                 os.read(wake, 64)
             waiting = waiting or source in ready

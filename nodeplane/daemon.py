@@ -32,6 +32,7 @@ from nodeplane.host import LinuxHost
 from nodeplane.host_kernel import host_kernel
 from nodeplane.lease_keeper import LeaseKeeper
 from nodeplane.network_config import with_network
+from nodeplane.notify import Notifier
 from nodeplane.pipeline import Pipeline
 from nodeplane.pod_gate import PodGate
 from nodeplane.policy_flows import PolicyFlows
@@ -79,17 +80,20 @@ def _follow(config: NodeConfig, source: ClusterSource, first: Update, args: argp
         signal.signal(number, note)
     config = with_network(config)
     keeper = LeaseKeeper(config.overlay, config.node_name) if config.overlay and config.overlay.etcd else None
-    agent = build_agent(config, source, expected_chains(first), keeper)
+    notifier = Notifier()
+    agent = build_agent(config, source, expected_chains(first), keeper, notifier)
     if keeper is not None:
         keeper.start()
     try:
         agent.start(first)
         agent.run(lambda: bool(caught) or _is_network_found(keeper), wake_read)
         while not set(caught) - {signal.SIGHUP}:
+            notifier.reloading()
             agent.refuse(_start_anew(args, "SIGHUP" if caught else "etcd says a network"))
             caught.clear()
             agent.run(lambda: bool(caught), wake_read)
     finally:
+        notifier.stopping()
         if keeper is not None:
             keeper.stop()
 
@@ -118,8 +122,20 @@ def expected_chains(update: Update) -> int:
     return len(update.snapshot.services) + sum(len(one.endpoints) for group in slices for one in group.values())
 
 
-def build_agent(config: NodeConfig, source: ClusterSource, chains: int, keeper: LeaseKeeper | None = None) -> Agent:
+def build_agent(
+    config: NodeConfig,
+    source: ClusterSource,
+    chains: int,
+    keeper: LeaseKeeper | None = None,
+    notifier: Notifier | None = None,
+) -> Agent:
     """Wire the parts for the current network namespace, in which about ``chains`` chains are going to be."""
+    notifier = notifier or Notifier({})
+
+    def publish(status: Status) -> None:
+        write_status(status)
+        notifier.publish(status)
+
     for note in config.notes:
         log.info("%s", note)
     host = host_kernel(config, chains)
@@ -149,7 +165,8 @@ def build_agent(config: NodeConfig, source: ClusterSource, chains: int, keeper: 
         kernel=host.kernel,
         flows=FlowKeeper(Conntrack(), config.services) if config.services else None,
         policy_flows=PolicyFlows(Conntrack()) if config.policy else None,
-        publish=write_status,
+        publish=publish,
+        alive=notifier.alive,
         status=status,
         watched=host.watched,
     )
