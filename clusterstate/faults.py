@@ -12,6 +12,7 @@ from typing import Any
 
 _LONGEST = 80
 _MESSAGE = re.compile(r"(?P<what>.*?)(?: - at (?P<key>`key` in )?`\$(?P<path>.*)`)?", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 _EXPECTED = re.compile(r"Expected `([^`]*)`.*", re.DOTALL)
 _STEP = re.compile(r"\.([A-Za-z]+)|\[(\d+|\.\.\.)\]")
 _WORDS = {"int": "a whole number", "str": "a string", "bool": "true or false", "array": "a list", "object": "an object"}
@@ -49,6 +50,11 @@ def type_fault(message: str, raw: Any) -> Fault:
     """
     found = _MESSAGE.fullmatch(message)
     what, path = (found["what"], found["path"] or "") if found else (message, "")
+    unknown = _UNKNOWN.fullmatch(what)
+    if unknown is not None:
+        steps, value = _follow(path, raw)
+        held = value.get(unknown[1]) if isinstance(value, Mapping) else None
+        return Fault(f"{steps}.{unknown[1]}".removeprefix("."), f"is not known here, is {shown(held)}")
     expected = _EXPECTED.fullmatch(what)
     if expected is None:
         return Fault(path.removeprefix("."), what)

@@ -294,4 +294,36 @@ class NetworkPolicy(msgspec.Struct, frozen=True, gc=False):
         return ObjectRef("NetworkPolicy", self.namespace, self.name)
 
 
-KubernetesObject: TypeAlias = Service | EndpointSlice | Node | Namespace | Pod | ServiceCIDR | NetworkPolicy
+# -- ClusterNetworkPolicy --------------------------------------------------------------------------------------------
+
+Action: TypeAlias = Literal["Accept", "Deny", "Pass"]
+Tier: TypeAlias = Literal["Admin", "Baseline"]
+
+
+class ClusterPolicyRule(PolicyRule, frozen=True, gc=False):
+    """``ingress[]`` or ``egress[]`` of a ClusterNetworkPolicy; ports stated by name are there once for each protocol."""
+
+    action: Action = "Accept"
+    name: str = ""
+
+
+class ClusterNetworkPolicy(msgspec.Struct, frozen=True, gc=False):
+    """A ClusterNetworkPolicy. ``subject`` is whom it is about: pods by their labels and those of their namespaces."""
+
+    name: str
+    tier: Tier
+    priority: int
+    """0 to 1000; lower comes first."""
+    subject: PolicyPeer
+    ingress: tuple[ClusterPolicyRule, ...] = ()
+    egress: tuple[ClusterPolicyRule, ...] = ()
+
+    @property
+    def ref(self) -> ObjectRef:
+        """Its reference."""
+        return ObjectRef("ClusterNetworkPolicy", "", self.name)
+
+
+KubernetesObject: TypeAlias = (
+    Service | EndpointSlice | Node | Namespace | Pod | ServiceCIDR | NetworkPolicy | ClusterNetworkPolicy
+)

@@ -24,6 +24,7 @@ import yaml
 from clusterstate import fields, wire
 from clusterstate.faults import Fault, shown, type_fault
 from clusterstate.objects import KubernetesObject, ObjectRef
+from clusterstate.parse_cluster_policy import parse_cluster_policy
 from clusterstate.parse_node import parse_namespace, parse_node, parse_pod, parse_service_cidr
 from clusterstate.parse_policy import closed_policy, parse_policy
 from clusterstate.parse_service import parse_service
@@ -84,6 +85,14 @@ KINDS: dict[str, Kind] = {
     ),
     "NetworkPolicy": Kind(
         "networking.k8s.io", ("networking.k8s.io/v1", "", None), True, fields.subdomain_name, wire.NetworkPolicy, parse_policy
+    ),
+    "ClusterNetworkPolicy": Kind(
+        "policy.networking.k8s.io",
+        ("policy.networking.k8s.io/v1alpha2", "", None),
+        False,
+        fields.subdomain_name,
+        wire.ClusterNetworkPolicy,
+        parse_cluster_policy,
     ),
 }
 
@@ -220,8 +229,15 @@ class _Reader:
                 self._refuse_type(kind, value, type_fault(str(error), value))
 
     def _refuse_type(self, kind: str, value: Mapping[str, Any], fault: Fault) -> None:
-        """Refuse an object with a field of a wrong type; of a NetworkPolicy there remains what isolates its pods."""
+        """Refuse an object with a field of a wrong type; of a NetworkPolicy there remains what isolates its pods.
+
+        Of a ClusterNetworkPolicy that can only be a field of its metadata, which mean nothing to its rules.
+        """
         ref = _ref(kind, value)
+        if kind == "ClusterNetworkPolicy" and ref is not None:
+            self._build(kind, wire.ClusterNetworkPolicy(None, wire.Metadata(ref.name), value.get("spec")), None)
+            self.refuse(ref, Fault(fault.path, f"{fault.reason}; its rules stand"), kept=True)
+            return
         if kind != "NetworkPolicy" or ref is None or ref in self._made:
             self.refuse(ref, fault)
             return

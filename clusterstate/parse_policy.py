@@ -67,12 +67,12 @@ def closed_policy(raw: Any, at: Subject) -> tuple[NetworkPolicy, ...]:
     spec = raw.get("spec") if isinstance(raw, Mapping) else None
     stated = spec.get("podSelector") if isinstance(spec, Mapping) else None
     try:
-        selector = _selector("", msgspec.convert(stated, wire.Selector | None)) or _EVERYTHING
+        chosen = selector("", msgspec.convert(stated, wire.Selector | None)) or _EVERYTHING
     except (msgspec.ValidationError, Fault):
-        selector = _EVERYTHING
+        chosen = _EVERYTHING
     types = spec.get("policyTypes") if isinstance(spec, Mapping) else None
     only = types[0] if isinstance(types, list) and len(types) == 1 else None
-    return (NetworkPolicy(at.namespace, at.name, selector, only != "Egress", only != "Ingress"),)
+    return (NetworkPolicy(at.namespace, at.name, chosen, only != "Egress", only != "Ingress"),)
 
 
 def _isolates(stated: list[str] | None, has_egress: bool, faults: list[Fault]) -> tuple[bool, bool]:
@@ -89,7 +89,7 @@ def _isolates(stated: list[str] | None, has_egress: bool, faults: list[Fault]) -
 
 def _subject(stated: wire.Selector | None, faults: list[Fault]) -> LabelSelector:
     try:
-        return _selector("spec.podSelector", stated) or _EVERYTHING
+        return selector("spec.podSelector", stated) or _EVERYTHING
     except Fault as fault:
         faults.append(Fault(fault.path, f"{fault.reason}; every pod of the namespace is isolated"))
         return _EVERYTHING
@@ -123,8 +123,8 @@ def _rule(path: str, side: str, w: wire.IngressRule | wire.EgressRule) -> Policy
 
 def _peer(path: str, w: wire.Peer) -> PolicyPeer:
     """Return a peer: an address block, or selectors, never both and never nothing (which would be everybody)."""
-    pods = _selector(f"{path}.podSelector", w.pod_selector)
-    namespaces = _selector(f"{path}.namespaceSelector", w.namespace_selector)
+    pods = selector(f"{path}.podSelector", w.pod_selector)
+    namespaces = selector(f"{path}.namespaceSelector", w.namespace_selector)
     if w.ip_block is None:
         if pods is None and namespaces is None:
             raise Fault(path, "must state a podSelector, a namespaceSelector or an ipBlock")
@@ -168,7 +168,7 @@ def _port(path: str, w: wire.PolicyPort) -> PolicyPort:
 # -- selectors -------------------------------------------------------------------------------------------------------
 
 
-def _selector(path: str, w: wire.Selector | None) -> LabelSelector | None:
+def selector(path: str, w: wire.Selector | None) -> LabelSelector | None:
     """Return a selector, ``matchLabels`` first and by key; None where there is none."""
     if w is None:
         return None

@@ -15,6 +15,7 @@ import msgspec
 from immutables import Map
 
 from clusterstate.objects import (
+    ClusterNetworkPolicy,
     EndpointSlice,
     KubernetesObject,
     Namespace,
@@ -43,6 +44,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     pods: Map[Name, Pod] = Map()
     namespaces: Map[str, Namespace] = Map()
     policies: Map[Name, NetworkPolicy] = Map()
+    cluster_policies: Map[str, ClusterNetworkPolicy] = Map()
     service_cidrs: Map[str, ServiceCIDR] = Map()
 
     def slices_of(self, service: Name) -> tuple[EndpointSlice, ...]:
@@ -64,6 +66,7 @@ class Snapshot(msgspec.Struct, frozen=True):
             *self.pods.values(),
             *self.namespaces.values(),
             *self.policies.values(),
+            *self.cluster_policies.values(),
             *self.service_cidrs.values(),
         ]
         return sorted(everything, key=lambda o: o.ref)
@@ -154,6 +157,7 @@ _TABLES: dict[type[KubernetesObject], tuple[str, Callable[[Any], Any]]] = {
     Pod: ("pods", _TWO_NAMES),
     Namespace: ("namespaces", _ONE_NAME),
     NetworkPolicy: ("policies", _TWO_NAMES),
+    ClusterNetworkPolicy: ("cluster_policies", _ONE_NAME),
     ServiceCIDR: ("service_cidrs", _ONE_NAME),
 }
 """Which table of the snapshot holds a kind, and under which key."""

@@ -9,7 +9,7 @@ Source: Kubernetes API reference v1.36; a name in ``field(name=...)`` is one tha
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 from msgspec import field
@@ -367,4 +367,92 @@ class NetworkPolicy(Object, tag_field="kind", tag="NetworkPolicy"):
     spec: PolicySpec | None = None
 
 
-AnyKind: TypeAlias = Service | EndpointSlice | Endpoints | Node | Namespace | Pod | ServiceCIDR | NetworkPolicy
+# -- ClusterNetworkPolicy --------------------------------------------------------------------------------------------
+
+
+class Whole(msgspec.Struct, gc=False, rename="camel", forbid_unknown_fields=True):
+    """What may hold nothing but what we know: a field passed over could open what it was meant to close."""
+
+
+class WholeSelector(Selector, forbid_unknown_fields=True):
+    """A LabelSelector; one with a misspelt field would select everything."""
+
+
+class PodsOfNamespaces(Whole):
+    """``pods``: both selectors must hold."""
+
+    namespace_selector: WholeSelector | None = None
+    pod_selector: WholeSelector | None = None
+
+
+class PolicySubject(Whole):
+    """``spec.subject`` and ``from[]``: one of them."""
+
+    namespaces: WholeSelector | None = None
+    pods: PodsOfNamespaces | None = None
+
+
+class EgressPeer(PolicySubject):
+    """``to[]``: one of them."""
+
+    networks: list[str] | None = None
+    nodes: WholeSelector | None = None
+    domain_names: list[str] | None = None
+
+
+class NumberRange(Whole):
+    """``range``."""
+
+    start: int | None = None
+    end: int | None = None
+
+
+class DestinationPort(Whole):
+    """``destinationPort``: a number or a range."""
+
+    number: int | None = None
+    range: NumberRange | None = None
+
+
+class Transport(Whole):
+    """``tcp``, ``udp`` and ``sctp``."""
+
+    destination_port: DestinationPort | None = None
+
+
+class ClusterProtocol(Whole):
+    """``protocols[]``: one of them."""
+
+    tcp: Transport | None = None
+    udp: Transport | None = None
+    sctp: Transport | None = None
+    destination_named_port: str | None = None
+
+
+class ClusterIngressRule(Whole):
+    """``spec.ingress[]``."""
+
+    name: str | None = None
+    action: str | None = None
+    peers: list[PolicySubject] | None = field(name="from", default=None)
+    protocols: list[ClusterProtocol] | None = None
+
+
+class ClusterEgressRule(Whole):
+    """``spec.egress[]``."""
+
+    name: str | None = None
+    action: str | None = None
+    peers: list[EgressPeer] | None = field(name="to", default=None)
+    protocols: list[ClusterProtocol] | None = None
+
+
+class ClusterNetworkPolicy(Object, tag_field="kind", tag="ClusterNetworkPolicy"):
+    """policy.networking.k8s.io/v1alpha2. Its parts are decoded one by one, so that each rule may be wrong for itself."""
+
+    spec: Any = None
+
+
+AnyKind: TypeAlias = (
+    Service | EndpointSlice | Endpoints | Node | Namespace | Pod | ServiceCIDR | NetworkPolicy | ClusterNetworkPolicy
+)

@@ -1,14 +1,16 @@
-"""From NetworkPolicies, pods and namespaces to the policy table of one node; as incremental as the change is small. Pure.
+"""From policies of both kinds, pods and namespaces to the table of one node; as incremental as the change is small. Pure.
 
-    snapshot --changed--> which pods does a policy of their namespace select?      pods.policies
+    snapshot --changed--> which pods is a policy about?           (targets.py)      pods.policies, pods.tiers
                           which pods does a peer select?        (selections.py)    rule.pods
                           where do named ports lead?                               rule.doors
 
-Only policies that select a pod of this node are looked at any further: the peers of others cost nothing here. A pod is a pod in
+Only policies that are about a pod of this node are looked at any further: the peers of others cost nothing here. A pod is a pod in
 this sense while it has addresses of its own: not before it is given any, not on the node's network, and not once it has ended,
 for then its address may be another's (kubernetes#92697). Whether it is ready does not matter.
 
-Source: Kubernetes networking/v1 types.go, KEP-2079 (port ranges).
+Of ClusterNetworkPolicies of one tier with one priority, which the API leaves to us, the first by name comes first.
+
+Source: Kubernetes networking/v1 types.go, KEP-2079 (port ranges); sigs.k8s.io/network-policy-api v1alpha2.
 """
 
 from __future__ import annotations
@@ -19,12 +21,23 @@ from typing import TypeVar
 
 import msgspec
 
-from clusterstate.objects import NetworkPolicy, ObjectRef, Pod, PolicyPort, PolicyRule
+from clusterstate.objects import ClusterNetworkPolicy, ClusterPolicyRule, NetworkPolicy, ObjectRef, Pod, PolicyPort, PolicyRule
 from clusterstate.snapshot import Name, Snapshot
 from netpolicy.blocks import intervals
 from netpolicy.selections import PeerChange, Selection, Selections
-from netpolicy.selector import selects
-from netpolicy.table import DIRECTIONS, AllowRule, Direction, Door, PodPolicy, PolicyTable, PortRange, RuleKey, join_ports
+from netpolicy.table import (
+    DIRECTIONS,
+    AllowRule,
+    Direction,
+    Door,
+    PodPolicy,
+    PolicyTable,
+    PortRange,
+    RuleKey,
+    Tiers,
+    join_ports,
+)
+from netpolicy.targets import EVERYWHERE, Stated, Targets, stated_policy
 from netpolicy.wording import rule_words
 
 LAST_PORT = 65535
@@ -55,10 +68,7 @@ class PolicyCompiler:
         self.rules: dict[Name, tuple[AllowRule, ...]] = {}
         self._snapshot = Snapshot()
         self._selections = Selections()
-        self._targets: dict[Name, set[Name]] = defaultdict(set)
-        """By policy: the pods here that it selects."""
-        self._policies_of: dict[str, set[Name]] = defaultdict(set)
-        """By namespace."""
+        self._targets = Targets()
 
     @property
     def table(self) -> PolicyTable:
@@ -72,12 +82,11 @@ class PolicyCompiler:
         pods |= {name for name in {*before.pods, *snapshot.pods} if name[0] in namespaces} if namespaces else set()
         for name in pods:
             self._selections.move(name, _live(snapshot.pods.get(name)), snapshot.namespaces)
-        for name in policies:
-            self._file(name)
         stale = {name for name in policies if name in self.rules}
-        touched = self._aim(pods, policies)
-        stale |= {name for name, found in self._targets.items() if found and name not in self.rules}
-        stale |= {name for name in self.rules if not self._targets.get(name)}
+        touched = self._targets.move(snapshot, pods, policies, self._here, self._selections.names)
+        touched |= {name for name in pods if name in self.pods}
+        stale |= {name for name in self._targets.used() if name not in self.rules}
+        stale |= {name for name in self.rules if not self._targets.of(name)}
         stale |= self._with_doors(touched)
         change = PolicyChange({}, {}, {})
         moved = self._selections.take_changes()
@@ -91,11 +100,11 @@ class PolicyCompiler:
 
     def _move_peers(self, name: Name, moved: Mapping[Selection, PeerChange], noted: dict[RuleKey, PeerChange]) -> None:
         """Bring a policy's rules up to selections that changed; costs the change, not what they hold."""
-        policy = self._snapshot.policies[name]
-        stated = {"ingress": policy.ingress, "egress": policy.egress}
+        policy = stated_policy(self._snapshot, name)
+        assert policy is not None
         after = []
         for rule in self.rules[name]:
-            selections = _selections(policy, stated[rule.key.direction][rule.key.number])
+            selections = _selections(policy, _stated_rules(policy, rule.key.direction)[rule.key.number])
             changes = [moved[one] for one in selections if one in moved]
             if changes:
                 pods = self._selections.addresses(selections)
@@ -107,51 +116,9 @@ class PolicyCompiler:
             after.append(rule)
         self.rules[name] = tuple(after)
 
-    # -- which policies are for which pods -----------------------------------------------------------------------------
-
-    def _file(self, name: Name) -> None:
-        if name in self._snapshot.policies:
-            self._policies_of[name[0]].add(name)
-        else:
-            self._policies_of[name[0]].discard(name)
-
-    def _aim(self, pods: Iterable[Name], policies: Iterable[Name]) -> set[Name]:
-        """Find anew which pods here are selected by which policies, as far as these changed; return the pods concerned."""
-        touched: set[Name] = set()
-        for name in pods:
-            pod = self._here(name)
-            for policy in self._policies_of[name[0]]:
-                if self._set_target(policy, name, pod):
-                    touched.add(name)
-            if name in self.pods:
-                touched.add(name)
-        for policy in policies:
-            touched |= self._targets[policy]
-            for name in self._pods_of(policy[0]):
-                if self._set_target(policy, name, self._here(name)):
-                    touched.add(name)
-            if policy not in self._snapshot.policies:
-                del self._targets[policy]
-        return touched
-
-    def _set_target(self, policy: Name, name: Name, pod: Pod | None) -> bool:
-        """Settle whether a policy selects a pod; return whether it does or did."""
-        stated = self._snapshot.policies.get(policy)
-        targets = self._targets[policy]
-        did = name in targets
-        does = pod is not None and stated is not None and selects(stated.pod_selector, pod.labels)
-        if does:
-            targets.add(name)
-        else:
-            targets.discard(name)
-        return does or did
-
     def _here(self, name: Name) -> Pod | None:
         pod = _live(self._snapshot.pods.get(name))
         return pod if pod is not None and self.node in (None, pod.node) else None
-
-    def _pods_of(self, namespace: str) -> list[Name]:
-        return [name for name in self._selections.names if name[0] == namespace]
 
     # -- what stands in the table --------------------------------------------------------------------------------------
 
@@ -159,30 +126,38 @@ class PolicyCompiler:
         pod = self._here(name)
         if pod is None:
             return None
-        found: dict[Direction, list[Name]] = {"ingress": [], "egress": []}
-        for policy in sorted(self._policies_of[name[0]]):
-            if name in self._targets[policy]:
-                for direction in DIRECTIONS:
-                    if _isolates(self._snapshot.policies[policy], direction):
-                        found[direction].append(policy)
-        ingress, egress = (tuple(found[direction]) or None for direction in DIRECTIONS)
-        return PodPolicy(name, pod.ips, ingress, egress) if ingress or egress else None
+        isolating: dict[Direction, list[Name]] = {"ingress": [], "egress": []}
+        tiers: dict[str, list[tuple[int, Name]]] = defaultdict(list)
+        for policy in self._targets.policies(name):
+            stated = stated_policy(self._snapshot, policy)
+            assert stated is not None
+            for direction in DIRECTIONS:
+                if isinstance(stated, NetworkPolicy):
+                    isolating[direction] += [policy] if _isolates(stated, direction) else []
+                elif _stated_rules(stated, direction):
+                    tiers[direction + stated.tier].append((stated.priority, policy))
+        ordered = {key: tuple(policy for _, policy in sorted(found)) for key, found in tiers.items()}
+        ingress, egress = (tuple(isolating[direction]) or None for direction in DIRECTIONS)
+        around = [Tiers(ordered.get(f"{d}Admin", ()), ordered.get(f"{d}Baseline", ())) for d in DIRECTIONS]
+        found = PodPolicy(name, pod.ips, ingress, egress, *around)
+        return found if any(map(found.has_say, DIRECTIONS)) else None
 
     def _rules(self, name: Name) -> tuple[AllowRule, ...] | None:
-        policy = self._snapshot.policies.get(name)
-        if policy is None or not self._targets.get(name):
+        policy = stated_policy(self._snapshot, name)
+        if policy is None or not self._targets.of(name):
             self._selections.forget(name)
             return None
         self._selections.use(name, {s for rule in (*policy.ingress, *policy.egress) for s in _selections(policy, rule)})
-        stated: list[tuple[Direction, int, PolicyRule]] = []
-        for direction, rules in (("ingress", policy.ingress), ("egress", policy.egress)):
-            if _isolates(policy, direction):  # type: ignore[arg-type]
-                stated += [(direction, i, rule) for i, rule in enumerate(rules)]  # type: ignore[misc]
-        return tuple(self._rule(policy, direction, i, rule) for direction, i, rule in stated)
+        return tuple(
+            self._rule(policy, RuleKey(name, direction, i), rule)
+            for direction in DIRECTIONS
+            if isinstance(policy, ClusterNetworkPolicy) or _isolates(policy, direction)
+            for i, rule in enumerate(_stated_rules(policy, direction))
+        )
 
-    def _rule(self, policy: NetworkPolicy, direction: Direction, index: int, rule: PolicyRule) -> AllowRule:
-        key = RuleKey((policy.namespace, policy.name), direction, index)
+    def _rule(self, policy: Stated, key: RuleKey, rule: PolicyRule) -> AllowRule:
         blocks = intervals(peer.ip_block for peer in rule.peers if peer.ip_block is not None)
+        action, called = (rule.action, rule.name) if isinstance(rule, ClusterPolicyRule) else ("Accept", "")
         return AllowRule(
             key=key,
             everybody=not rule.peers,
@@ -191,24 +166,26 @@ class PolicyCompiler:
             every_port=not rule.ports,
             ports=join_ports(_range(port) for port in rule.ports if not isinstance(port.port, str)),
             doors=frozenset(self._doors(key, rule, policy)),
-            says=rule_words(rule, inward=direction == "ingress"),
+            says=rule_words(rule, inward=key.direction == "ingress"),
+            action=action,
+            name=called,
         )
 
-    def _doors(self, key: RuleKey, rule: PolicyRule, policy: NetworkPolicy) -> Iterator[Door]:
+    def _doors(self, key: RuleKey, rule: PolicyRule, policy: Stated) -> Iterator[Door]:
         """Yield where ports stated by name lead: at the pods that are selected, or at the peers that are pods."""
         wanted = {(port.protocol, port.port) for port in rule.ports if isinstance(port.port, str)}
         if not wanted:
             return
-        names: Iterable[Name] = self._targets[key.policy]
+        names: Iterable[Name] = self._targets.of(key.policy)
         if key.direction == "egress":
             names = self._peers(rule, policy)
         for name in names:
             pod = self._snapshot.pods[name]
             for port in pod.ports:
                 if (port.protocol, port.name) in wanted:
-                    yield from (Door(address, port.protocol, port.port) for address in pod.ips)
+                    yield from (Door(address, port.protocol, port.port, name) for address in pod.ips)
 
-    def _peers(self, rule: PolicyRule, policy: NetworkPolicy) -> Iterator[Name]:
+    def _peers(self, rule: PolicyRule, policy: Stated) -> Iterator[Name]:
         """Yield the pods among a rule's peers, those inside its address blocks as well."""
         if not rule.peers:
             yield from self._selections.names
@@ -224,11 +201,11 @@ class PolicyCompiler:
         """Return the policies whose named ports have to be looked up again because pods changed."""
         found = set()
         for name in self.rules:
-            policy = self._snapshot.policies.get(name)
+            policy = stated_policy(self._snapshot, name)
             if policy is None:
                 continue
             at_peers = self._selections.moved and any(map(_has_names, policy.egress))
-            if at_peers or (any(map(_has_names, policy.ingress)) and touched & self._targets[name]):
+            if at_peers or (any(map(_has_names, policy.ingress)) and touched & self._targets.of(name)):
                 found.add(name)
         return found
 
@@ -252,10 +229,15 @@ def _isolates(policy: NetworkPolicy, direction: Direction) -> bool:
     return policy.isolates_ingress if direction == "ingress" else policy.isolates_egress
 
 
-def _selections(policy: NetworkPolicy, rule: PolicyRule) -> tuple[Selection, ...]:
+def _stated_rules(policy: Stated, direction: Direction) -> tuple[PolicyRule, ...]:
+    return policy.ingress if direction == "ingress" else policy.egress
+
+
+def _selections(policy: Stated, rule: PolicyRule) -> tuple[Selection, ...]:
     """Return what a rule's peers select; a podSelector alone is of the policy's own namespace."""
+    own = policy.namespace if isinstance(policy, NetworkPolicy) else ""
     return tuple(
-        Selection(policy.namespace if peer.namespace_selector is None else "", peer.namespace_selector, peer.pod_selector)
+        Selection(own if peer.namespace_selector is None else "", peer.namespace_selector, peer.pod_selector)
         for peer in rule.peers
         if peer.ip_block is None
     )
@@ -284,8 +266,13 @@ def _changed(before: Snapshot, after: Snapshot, changed: frozenset[ObjectRef] | 
         pods = {name for name in {*before.pods, *after.pods} if before.pods.get(name) != after.pods.get(name)}
         spaces = {n for n in {*before.namespaces, *after.namespaces} if before.namespaces.get(n) != after.namespaces.get(n)}
         policies = {n for n in {*before.policies, *after.policies} if before.policies.get(n) != after.policies.get(n)}
-        return pods, spaces, policies
+        old, new = before.cluster_policies, after.cluster_policies
+        return pods, spaces, policies | {(EVERYWHERE, n) for n in {*old, *new} if old.get(n) != new.get(n)}
     by_kind: dict[str, set[Name]] = defaultdict(set)
     for ref in changed:
         by_kind[ref.kind].add((ref.namespace, ref.name))
-    return by_kind["Pod"], {name for _, name in by_kind["Namespace"]}, by_kind["NetworkPolicy"]
+    return (
+        by_kind["Pod"],
+        {name for _, name in by_kind["Namespace"]},
+        by_kind["NetworkPolicy"] | by_kind["ClusterNetworkPolicy"],
+    )

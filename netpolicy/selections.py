@@ -15,7 +15,7 @@ import msgspec
 
 from clusterstate.objects import IPAddress, LabelSelector, Namespace, Pod
 from clusterstate.snapshot import Name
-from netpolicy.selector import selects
+from netpolicy.selector import namespace_labels, selects
 from netpolicy.table import NO_ADDRESSES, Addresses
 
 
@@ -152,11 +152,8 @@ class Selections:
             return ()
         if selection.namespace and pod.namespace != selection.namespace:
             return ()
-        if selection.namespaces is not None and not selects(selection.namespaces, self._labels(pod.namespace)):
+        if selection.namespaces is not None and not selects(
+            selection.namespaces, namespace_labels(self._namespaces, pod.namespace)
+        ):
             return ()
         return pod.ips if selection.pods is None or selects(selection.pods, pod.labels) else ()
-
-    def _labels(self, namespace: str) -> Mapping[str, str]:
-        """Return a namespace's labels; one that is not among the objects has its name alone, which the API server always sets."""
-        known = self._namespaces.get(namespace)
-        return known.labels if known is not None else {"kubernetes.io/metadata.name": namespace}

@@ -8,12 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import assert_never
 
-from clusterstate.objects import LabelSelector, Requirement
+from clusterstate.objects import LabelSelector, Namespace, Requirement
 
 
 def selects(selector: LabelSelector, labels: Mapping[str, str]) -> bool:
     """Whether every requirement holds."""
     return all(_holds(requirement, labels) for requirement in selector.requirements)
+
+
+def namespace_labels(namespaces: Mapping[str, Namespace], name: str) -> Mapping[str, str]:
+    """Return a namespace's labels; one that is not among the objects has its name alone, which the API server always sets."""
+    known = namespaces.get(name)
+    return known.labels if known is not None else {"kubernetes.io/metadata.name": name}
 
 
 def _holds(requirement: Requirement, labels: Mapping[str, str]) -> bool:

@@ -5,19 +5,25 @@ from pods with app=web in namespaces with team=a; from 10.0.0.0/8 except 10.1.0.
 
 from __future__ import annotations
 
-from clusterstate.objects import LabelSelector, PolicyPeer, PolicyPort, PolicyRule, Requirement
+from clusterstate.objects import ClusterPolicyRule, LabelSelector, PolicyPeer, PolicyPort, PolicyRule, Requirement
+from clusterstate.parse_policy import NOBODY
 
 
 def rule_words(rule: PolicyRule, *, inward: bool) -> str:
-    """Say what a rule lets through; ``inward`` for ingress."""
+    """Say what a rule is about, and in a tier what it does; ``inward`` for ingress."""
     word = "from" if inward else "to"
     parts = [f"{word} {peer_words(peer)}" for peer in rule.peers] or [f"{word} anywhere"]
     ports = ", ".join(port_words(port) for port in rule.ports) or "all ports"
-    return "; ".join([*parts, f"on {ports}"])
+    words = "; ".join([*parts, f"on {ports}"])
+    if not isinstance(rule, ClusterPolicyRule):
+        return words
+    return f"{rule.action} ({rule.name}): {words}" if rule.name else f"{rule.action}: {words}"
 
 
 def peer_words(peer: PolicyPeer) -> str:
     """Say who a peer is."""
+    if peer == NOBODY:
+        return "nobody"
     if peer.ip_block is not None:
         excepts = ", ".join(map(str, peer.ip_block.excepts))
         return f"{peer.ip_block.cidr}" + (f" except {excepts}" if excepts else "")

@@ -241,7 +241,7 @@ def _slices(boxes: list[Box]) -> Iterator[tuple[int, int, tuple[PortRange, ...]]
 
 
 def _doors_at(pod: PodPolicy, rule: AllowRule) -> tuple[PortRange, ...]:
-    return join_ports(PortRange(d.protocol, d.port, d.port) for d in rule.doors if d.address in pod.addresses)
+    return join_ports(PortRange(d.protocol, d.port, d.port) for d in rule.doors if d.pod == pod.pod)
 
 
 def _digest(rules: Iterable[AllowRule]) -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from immutables import Map
 from policy_worlds import NODES, allowed, clusters, flows, histories
 
-from clusterstate.objects import IPAddress
+from clusterstate.objects import ClusterPolicyRule, IPAddress
 from clusterstate.snapshot import Snapshot
 from netpolicy.compile import PolicyChange, PolicyCompiler, compile_policies
 from netpolicy.oracle import Oracle
@@ -77,5 +77,12 @@ def test_a_node_knows_its_own_pods(cluster):
 
 
 def _targets(cluster, policy, node) -> bool:
-    only = msgspec.structs.replace(cluster, policies=Map({policy: cluster.policies[policy]}))
+    if policy[0]:
+        only = msgspec.structs.replace(cluster, policies=Map({policy: cluster.policies[policy]}), cluster_policies=Map())
+    else:
+        one = cluster.cluster_policies[policy[1]]
+        # With a rule both ways it has a say about every pod that it selects.
+        rules = (ClusterPolicyRule(action="Deny"),)
+        both = msgspec.structs.replace(one, ingress=rules, egress=rules)
+        only = msgspec.structs.replace(cluster, policies=Map(), cluster_policies=Map({policy[1]: both}))
     return any(cluster.pods[name].node == node for name in compile_policies(only, None).pods)

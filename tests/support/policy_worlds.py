@@ -1,4 +1,4 @@
-"""Small clusters with pods, namespaces and NetworkPolicies, made so that things meet; and what Kubernetes says of connections.
+"""Small clusters with pods, namespaces and policies of both kinds, made so that things meet; and what Kubernetes says of connections.
 
 The latter is evaluated straight from the objects: no table, no index, one policy after the other.
 """
@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from immutables import Map
 
 from clusterstate.objects import (
+    ClusterNetworkPolicy,
+    ClusterPolicyRule,
     ContainerPort,
     IPBlock,
     LabelSelector,
@@ -116,6 +118,33 @@ def policies(draw, name: str) -> NetworkPolicy:
 
 
 @st.composite
+def cluster_rules(draw, direction: str) -> ClusterPolicyRule:
+    """Draw a rule as the API has it, or what stands for one with a fault: it denies everything."""
+    action = draw(st.sampled_from(["Accept", "Deny", "Pass"]))
+    if draw(st.sampled_from([False] * 11 + [True])):
+        return ClusterPolicyRule(action="Deny")
+    who = [PolicyPeer(draw(st.none() | selectors()), draw(selectors())) for _ in range(draw(st.integers(1, 2)))]
+    if direction == "egress" and draw(st.booleans()):
+        who += [PolicyPeer(ip_block=IPBlock(ip_network(draw(st.sampled_from(BLOCKS)))))]
+        named = False
+    else:
+        named = draw(st.sampled_from([False, False, True]))
+    where = [one for one in draw(st.lists(ports(), max_size=2)) if not isinstance(one.port, str)]
+    if named:
+        name = draw(st.sampled_from(NAMES))
+        where += [PolicyPort(protocol, name) for protocol in ("TCP", "UDP", "SCTP")]
+    return ClusterPolicyRule(tuple(who), tuple(where), action, draw(st.sampled_from(["", "why"])))
+
+
+@st.composite
+def cluster_policies(draw, name: str) -> ClusterNetworkPolicy:
+    found = {way: tuple(draw(st.lists(cluster_rules(way), max_size=3))) for way in ("ingress", "egress")}
+    subject = PolicyPeer(draw(st.none() | selectors()), draw(selectors()))
+    tier = draw(st.sampled_from(["Admin", "Admin", "Baseline"]))
+    return ClusterNetworkPolicy(name, tier, draw(st.sampled_from([0, 5, 5, 9])), subject, **found)
+
+
+@st.composite
 def pods(draw, name: str) -> Pod:
     number = draw(st.integers(1, 5))
     families = draw(st.sampled_from([(4,), (4,), (6,), (4, 6)]))
@@ -137,23 +166,25 @@ def pods(draw, name: str) -> Pod:
 
 @st.composite
 def clusters(draw) -> Snapshot:
-    """Draw up to five pods, some of them finished, without address, or claiming one address, and up to three policies."""
+    """Draw up to six pods, some of them finished, without address, or claiming one address; up to four policies, and three for all."""
     made_pods = [draw(pods(f"p{i}")) for i in range(draw(st.integers(2, 6)))]
     made_policies = [draw(policies(f"q{i}")) for i in range(draw(st.integers(0, 4)))]
+    made_for_all = [draw(cluster_policies(f"c{i}")) for i in range(draw(st.sampled_from([0, 0, 1, 2, 3])))]
     spaces = [Namespace(name, draw(labels).set("kubernetes.io/metadata.name", name)) for name in NAMESPACES]
     return Snapshot(
         pods=Map({(p.namespace, p.name): p for p in made_pods}),
         policies=Map({(p.namespace, p.name): p for p in made_policies}),
+        cluster_policies=Map({p.name: p for p in made_for_all}),
         namespaces=Map({s.name: s for s in draw(st.sampled_from([spaces, spaces, spaces[:1]]))}),
     )
 
 
 @st.composite
 def histories(draw) -> list[Snapshot]:
-    """Draw up to five clusters, of which each is the one before but for its pods, its policies or its namespaces."""
+    """Draw up to five clusters, of which each is the one before but for its pods, its namespaces or its policies of one kind."""
     stages = [draw(clusters())]
     for _ in range(draw(st.integers(0, 4))):
-        part = draw(st.sampled_from(["pods", "pods", "policies", "namespaces"]))
+        part = draw(st.sampled_from(["pods", "pods", "policies", "cluster_policies", "namespaces"]))
         other, last = draw(clusters()), stages[-1]
         fresh = getattr(other, part)
         if part == "pods" and draw(st.booleans()):
@@ -211,41 +242,63 @@ def _pod(snapshot: Snapshot, flow: Flow, direction: str, pod: Pod) -> str:
         and (policy.isolates_egress if direction == "egress" else policy.isolates_ingress)
         and _fits(policy.pod_selector, pod.labels)
     ]
-    if not isolating:
+    around = [
+        policy
+        for policy in snapshot.cluster_policies.values()
+        if getattr(policy, direction) and _is_selected(snapshot, policy.subject, "", pod)
+    ]
+    if not isolating and not around:
         return "none"
     if flow.source == flow.destination or (direction == "ingress" and flow.from_node):
         return "allow"
-    for policy in isolating:
-        for rule in policy.egress if direction == "egress" else policy.ingress:
-            peer = flow.destination if direction == "egress" else flow.source
-            there = [pod] if direction == "ingress" else [p for p in _living(snapshot) if flow.destination in p.ips]
-            # A name is looked up at a destination that is the peer itself: of two pods with one address, at the one that fits.
-            if direction == "egress" and rule.peers:
-                there = [p for p in there if any(_is_peer(snapshot, policy, one, flow.destination, [p]) for one in rule.peers)]
-            if (not rule.peers or any(_is_peer(snapshot, policy, one, peer) for one in rule.peers)) and (
-                not rule.ports or any(_is_port(port, flow, there) for port in rule.ports)
-            ):
-                return "allow"
-    return "deny"
+    first = _first(snapshot, flow, direction, pod, [policy for policy in around if policy.tier == "Admin"])
+    if first in ("Accept", "Deny"):
+        return {"Accept": "allow", "Deny": "deny"}[first]
+    if isolating:
+        every = [(policy.namespace, rule) for policy in isolating for rule in getattr(policy, direction)]
+        return "allow" if any(_is_about(snapshot, flow, direction, pod, one) for one in every) else "deny"
+    first = _first(snapshot, flow, direction, pod, [policy for policy in around if policy.tier == "Baseline"])
+    return {"Accept": "allow", "Deny": "deny"}.get(first, "none")
 
 
-def _is_peer(snapshot, policy, peer, address, among: Iterable[Pod] | None = None) -> bool:
+def _first(snapshot: Snapshot, flow: Flow, direction: str, pod: Pod, tier: list[ClusterNetworkPolicy]) -> str:
+    """Return what the first rule of a tier that is about a flow does; nothing if there is none."""
+    for policy in sorted(tier, key=lambda one: (one.priority, one.name)):
+        for rule in getattr(policy, direction):
+            if _is_about(snapshot, flow, direction, pod, ("", rule)):
+                return rule.action
+    return ""
+
+
+def _is_about(snapshot: Snapshot, flow: Flow, direction: str, pod: Pod, stated: tuple[str, PolicyRule]) -> bool:
+    """Whether a rule, stated by a policy of some namespace, is about a flow."""
+    own, rule = stated
+    peer = flow.destination if direction == "egress" else flow.source
+    there = [pod] if direction == "ingress" else [p for p in _living(snapshot) if flow.destination in p.ips]
+    # A name is looked up at a destination that is the peer itself: of two pods with one address, at the one that fits.
+    if direction == "egress" and rule.peers:
+        there = [p for p in there if any(_is_peer(snapshot, own, one, flow.destination, [p]) for one in rule.peers)]
+    if rule.peers and not any(_is_peer(snapshot, own, one, peer) for one in rule.peers):
+        return False
+    return not rule.ports or any(_is_port(port, flow, there) for port in rule.ports)
+
+
+def _is_peer(snapshot: Snapshot, own: str, peer: PolicyPeer, address, among: Iterable[Pod] | None = None) -> bool:
     if peer.ip_block is not None:
         block = peer.ip_block
         return address in block.cidr and not any(address in part for part in block.excepts)
-    for pod in _living(snapshot) if among is None else among:
-        if address not in pod.ips:
-            continue
-        if peer.namespace_selector is None:
-            in_namespace = pod.namespace == policy.namespace
-        else:
-            known = snapshot.namespaces.get(pod.namespace)
-            in_namespace = _fits(
-                peer.namespace_selector, known.labels if known else {"kubernetes.io/metadata.name": pod.namespace}
-            )
-        if in_namespace and (peer.pod_selector is None or _fits(peer.pod_selector, pod.labels)):
-            return True
-    return False
+    pods_there = _living(snapshot) if among is None else among
+    return any(address in pod.ips and _is_selected(snapshot, peer, own, pod) for pod in pods_there)
+
+
+def _is_selected(snapshot: Snapshot, peer: PolicyPeer, own: str, pod: Pod) -> bool:
+    """Whether selectors select a pod, those of a policy in namespace ``own``."""
+    if peer.namespace_selector is None:
+        in_namespace = pod.namespace == own
+    else:
+        known = snapshot.namespaces.get(pod.namespace)
+        in_namespace = _fits(peer.namespace_selector, known.labels if known else {"kubernetes.io/metadata.name": pod.namespace})
+    return in_namespace and (peer.pod_selector is None or _fits(peer.pod_selector, pod.labels))
 
 
 def _is_port(port: PolicyPort, flow: Flow, there: Iterable[Pod]) -> bool:

@@ -1,0 +1,103 @@
+"""Which pods here each policy is about, kept as pods, namespaces and policies change.
+
+    NetworkPolicy shop/db             pods of its own namespace that its podSelector selects
+    ClusterNetworkPolicy no-telnet    pods of whichever namespaces its subject selects; its name here is ("", "no-telnet")
+
+A pod that changes is held against the policies of its namespace and those of the whole cluster; a policy that changes, against
+the pods it could be about.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TypeAlias
+
+from clusterstate.objects import ClusterNetworkPolicy, Namespace, NetworkPolicy, Pod
+from clusterstate.snapshot import Name, Snapshot
+from netpolicy.selector import namespace_labels, selects
+
+Stated: TypeAlias = NetworkPolicy | ClusterNetworkPolicy
+EVERYWHERE = ""
+"""Stands for the namespace of policies of the whole cluster."""
+
+
+def stated_policy(snapshot: Snapshot, name: Name) -> Stated | None:
+    """Return a policy as its object states it."""
+    if name[0] == EVERYWHERE:
+        return snapshot.cluster_policies.get(name[1])
+    return snapshot.policies.get(name)
+
+
+class Targets:
+    """The pods here that each policy is about."""
+
+    def __init__(self) -> None:
+        self._pods: dict[Name, set[Name]] = {}
+        """By policy, every one there is."""
+        self._policies: dict[str, set[Name]] = defaultdict(set)
+        """By namespace."""
+
+    def of(self, policy: Name) -> set[Name]:
+        """Return the pods that a policy is about."""
+        return self._pods.get(policy, set())
+
+    def policies(self, pod: Name) -> list[Name]:
+        """Return the policies that are about a pod, sorted by namespace and name: those of the whole cluster first."""
+        return sorted(policy for policy in self._candidates(pod[0]) if pod in self._pods[policy])
+
+    def used(self) -> Iterable[Name]:
+        """Return the policies that are about any pod."""
+        return (name for name, found in self._pods.items() if found)
+
+    def move(
+        self,
+        snapshot: Snapshot,
+        pods: Iterable[Name],
+        policies: Iterable[Name],
+        here: Callable[[Name], Pod | None],
+        every: Collection[Name],
+    ) -> set[Name]:
+        """Find anew what changed: these pods and policies; ``every`` names the pods there are. Return the pods concerned."""
+        touched: set[Name] = set()
+        for policy in policies:
+            touched |= self.of(policy)
+            if stated_policy(snapshot, policy) is None:
+                self._policies[policy[0]].discard(policy)
+                self._pods.pop(policy, None)
+            else:
+                self._policies[policy[0]].add(policy)
+                self._pods.setdefault(policy, set())
+        for name in pods:
+            pod = here(name)
+            touched |= {name for policy in self._candidates(name[0]) if self._settle(snapshot, policy, name, pod)}
+        for policy in policies:
+            if policy in self._pods:
+                among = every if policy[0] == EVERYWHERE else (name for name in every if name[0] == policy[0])
+                touched |= {name for name in among if self._settle(snapshot, policy, name, here(name))}
+        return touched
+
+    def _candidates(self, namespace: str) -> set[Name]:
+        return self._policies[namespace] | self._policies[EVERYWHERE]
+
+    def _settle(self, snapshot: Snapshot, policy: Name, name: Name, pod: Pod | None) -> bool:
+        """Settle whether a policy is about a pod; return whether it is or was."""
+        stated, pods = stated_policy(snapshot, policy), self._pods[policy]
+        did = name in pods
+        does = pod is not None and stated is not None and _is_about(stated, pod, snapshot.namespaces)
+        if does:
+            pods.add(name)
+        else:
+            pods.discard(name)
+        return does or did
+
+
+def _is_about(policy: Stated, pod: Pod, namespaces: Mapping[str, Namespace]) -> bool:
+    if isinstance(policy, NetworkPolicy):
+        return selects(policy.pod_selector, pod.labels)
+    subject = policy.subject
+    if subject.namespace_selector is not None and not selects(
+        subject.namespace_selector, namespace_labels(namespaces, pod.namespace)
+    ):
+        return False
+    return subject.pod_selector is None or selects(subject.pod_selector, pod.labels)
