@@ -107,6 +107,11 @@ class AllowRule(msgspec.Struct, frozen=True):
     name: str = ""
     """What a tier's rule is called by who wrote it."""
 
+    @property
+    def is_about_all(self) -> bool:
+        """Whether every packet fits."""
+        return self.everybody and self.every_port
+
 
 class Tiers(NamedTuple):
     """The ClusterNetworkPolicies with rules for a pod in one direction, in the order in which they are asked."""

@@ -1,258 +1,136 @@
-"""Pods whose policies say the same share what is written for them: a group. What its rules let through together, kept by counting.
+"""Pods of whom policies say the same share what is written for them: a group, which is clauses in the order they are asked.
 
-    pod a/web-1 --.
-                   +--> Group("ingress", a/web-in, a/deny-all)       peers    addresses, on every port
-    pod a/web-2 --'                                                  tuples   address . protocol . port
-                                                                     boxes    address range . protocol . port range
-                                                                     ports    protocol . port range, whoever it is
+    pod a/web-1 --.            steps    deny    no-telnet[0], no-telnet[1]       the admin tier; the first that fits decides
+                   +--> Group           accept  monitoring[0]
+    pod a/web-2 --'                     pass    tenants[0]       go on with the rest at once
+                               rest     accept  a/web-in, a/deny-all             NetworkPolicies, or else the baseline tier
+                               at the end: denied if NetworkPolicies isolate the pods, let through if none does
 
-A group is found by what its policies state, so a policy that states something else leads its pods to another group, which is
-complete before they are led there; the pods among the peers come and go inside the group, at the price of those that do. However
-many policies and rules there are, a packet meets each of these once.
+Neighbours that do the same are one clause, so a tier costs as often as it changes its mind. What changes nothing is not written: what
+passes before the end of its tier, what lets through before an end that does, and whatever stands behind a rule about everything.
+Clauses are shared by all groups that ask the same (``clauses.py``).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Literal, NamedTuple, TypeAlias
 
-import msgspec
-
-from clusterstate.objects import IPAddress, Protocol
+from clusterstate.objects import Action
 from clusterstate.snapshot import Name
-from kernelstate.objects.address import Family
-from netpolicy.blocks import Interval, joined
-from netpolicy.selections import PeerChange
-from netpolicy.table import AllowRule, Direction, PodPolicy, PolicyTable, PortRange, join_ports
+from netpolicy.render.clauses import Clause, ClauseKey, clause_key, rules_words, short_name
+from netpolicy.table import AllowRule, Direction, PodPolicy, PolicyTable, policy_name
 
-PARTS = ("peers", "blocks", "ports", "tuples", "boxes")
-SINGLE_PORTS = 16
-"""A range of at most so many ports is written port by port, which costs memory; a larger one costs time when peers change."""
+Does: TypeAlias = Literal["accept", "deny", "pass"]
+"""What becomes of a packet that a clause is about: let through in this direction, denied, or judged by the rest alone."""
+_Stated: TypeAlias = list[tuple[Does, AllowRule]]
+_DOES: Mapping[Action, Does] = {"Accept": "accept", "Deny": "deny", "Pass": "pass"}
+
+
+class StepKey(NamedTuple):
+    """What tells steps apart."""
+
+    does: Does
+    clause: ClauseKey
 
 
 class GroupKey(NamedTuple):
     """What tells groups apart."""
 
     direction: Direction
-    policies: tuple[tuple[Name, str], ...]
-    """Each with a digest of what it states."""
-    doors: tuple[tuple[PortRange, ...], ...]
-    """For each ingress rule the ports that it states by name, as they are at these pods."""
+    steps: tuple[StepKey, ...]
+    rest: tuple[StepKey, ...]
+    closed: bool
+
+    @property
+    def clauses(self) -> Iterator[ClauseKey]:
+        """Yield every clause it asks, in order."""
+        return (step.clause for step in (*self.steps, *self.rest))
+
+    @property
+    def policies(self) -> frozenset[Name]:
+        """The policies of every kind that it is made of."""
+        return frozenset(policy for clause in self.clauses for policy, _ in clause.policies)
 
     @property
     def name(self) -> str:
-        """Return a short name, the same wherever the same is stated: ``in-6f1c2a90b3d4``."""
-        digest = hashlib.sha256(repr(tuple(self)).encode()).hexdigest()[:12]
-        return f"{'in' if self.direction == 'ingress' else 'out'}-{digest}"
+        """Return a short name; a group of NetworkPolicies alone has that of its clause."""
+        if self.closed and not self.steps and len(self.rest) == 1:
+            return self.rest[0].clause.name
+        return short_name(self.direction, tuple(self))
 
 
-class Tuple(NamedTuple):
-    """One peer on one port."""
+class Step(NamedTuple):
+    """A clause, and what it does."""
 
-    address: int
-    protocol: Protocol
-    port: int
-
-
-class Box(NamedTuple):
-    """A range of peers on a range of ports."""
-
-    first: int
-    last: int
-    ports: PortRange
-
-
-Touched: TypeAlias = dict[Family, tuple[set[int], set[Tuple]]]
-"""Addresses on every port, and tuples, that came or went, by family."""
-
-
-class Union(msgspec.Struct):
-    """What a group lets through in one family: anything, if ``everything``, else what is in one of the others."""
-
-    everything: bool
-    ports: tuple[PortRange, ...]
-    peers: Counter[int]
-    """How many rules let an address through on every port."""
-    tuples: Counter[Tuple]
-    blocks: tuple[Interval, ...]
-    boxes: tuple[Box, ...]
+    does: Does
+    clause: Clause
 
 
 class Group:
-    """One group, as its rules are now."""
+    """One group."""
 
-    def __init__(self, key: GroupKey, rules: list[AllowRule]) -> None:
+    def __init__(self, key: GroupKey, clauses: Mapping[ClauseKey, Clause]) -> None:
         self.key = key
         self.name = key.name
-        self.rules = {rule.key: rule for rule in rules}
-        doors = key.doors if key.direction == "ingress" else ((),) * len(rules)
-        # Of each rule: the ports it states by number, and by name as they are at these pods.
-        self.ports = {rule.key: join_ports((*rule.ports, *ports)) for rule, ports in zip(rules, doors, strict=True)}
-        self.unions: dict[Family, Union] = {family: self._union(family) for family in (4, 6)}
-        self.who = f"{key.direction} of pods isolated by {', '.join('/'.join(policy) for policy, _ in key.policies)}"
-        self.parts = {part: rules for part, rules in self._parts().items() if rules}
+        self.steps = tuple(Step(step.does, clauses[step.clause]) for step in key.steps)
+        self.rest = tuple(Step(step.does, clauses[step.clause]) for step in key.rest)
+        self.passes = any(step.does == "pass" for step in key.steps)
+        """Whether the rest is somewhere to go to."""
+        isolating = [policy_name(policy) for step in key.rest for policy, _ in step.clause.policies] if key.closed else []
+        self.who = f"{key.direction} of pods isolated by {', '.join(isolating)}"
+        """Of a closed group: whose packets it denies at the end."""
 
-    def words(self, part: str) -> str:
-        """Say which rules fill a part, and what they state."""
-        return rules_words(self.parts[part])
+    @property
+    def is_closed(self) -> bool:
+        """Whether what met no rule is denied, if anything can be left that met none."""
+        return self.key.closed and not any(step.clause.everything for step in self.rest)
 
-    def move(self, rule: AllowRule, change: PeerChange) -> Touched:
-        """Let peers come and go; return the addresses and tuples of each family that may differ now."""
-        self.rules[rule.key] = rule
-        touched: Touched = {4: (set(), set()), 6: (set(), set())}
-        for addresses, step in ((change.come, 1), (change.gone, -1)):
-            for address in addresses:
-                family: Family = address.version
-                self._count(self.unions[family], rule, address, step, touched[family])
-        if any(not is_single(ports) for ports in self.ports[rule.key]) and not rule.every_port:
-            for family, union in self.unions.items():
-                union.boxes = self._boxes(family)
-        return touched
+    @property
+    def ends_before_rest(self) -> bool:
+        """Whether every packet meets a rule before the rest."""
+        return bool(self.steps) and self.steps[-1].clause.everything
 
-    def _union(self, family: Family) -> Union:
-        rules = list(self.rules.values())
-        union = Union(
-            everything=any(rule.everybody and rule.every_port for rule in rules),
-            ports=join_ports(p for rule in rules if rule.everybody and not rule.every_port for p in self.ports[rule.key]),
-            peers=Counter(),
-            tuples=Counter(),
-            blocks=joined(b for rule in rules if rule.every_port for b in rule.blocks if b.family == family),
-            boxes=self._boxes(family),
-        )
-        for rule in rules:
-            for address in rule.pods:
-                if address.version == family:
-                    self._count(union, rule, address, 1, (set(), set()))
-            for door in rule.doors if rule.key.direction == "egress" else ():
-                if door.address.version == family:
-                    union.tuples[Tuple(int(door.address), door.protocol, door.port)] += 1
-        return union
-
-    def _count(
-        self, union: Union, rule: AllowRule, address: IPAddress, step: int, touched: tuple[set[int], set[Tuple]]
-    ) -> None:
-        """Count one peer of one rule in or out."""
-        number = int(address)
-        if rule.every_port:
-            _add(union.peers, number, step)
-            touched[0].add(number)
-            return
-        for protocol, first, last in self.ports[rule.key]:
-            if last - first < SINGLE_PORTS:
-                for port in range(first, last + 1):
-                    one = Tuple(number, protocol, port)
-                    _add(union.tuples, one, step)
-                    touched[1].add(one)
-
-    def _boxes(self, family: Family) -> tuple[Box, ...]:
-        """Return what has a range of addresses or a large range of ports, cut so that no two overlap."""
-        parts: list[Box] = []
-        for rule in self.rules.values():
-            if rule.every_port or rule.everybody:
-                continue
-            large = [ports for ports in self.ports[rule.key] if not is_single(ports)]
-            parts += [Box(int(a), int(a), ports) for ports in large for a in rule.pods if a.version == family]
-            blocks = [b for b in rule.blocks if b.family == family]
-            parts += [Box(b.first, b.last, ports) for ports in self.ports[rule.key] for b in blocks]
-        return disjoint(parts)
-
-    def _parts(self) -> dict[str, list[AllowRule]]:
-        """Return which rules may ever put something into each part; it follows from what they state, not from who there is."""
-        outward = self.key.direction == "egress"
-        found: dict[str, list[AllowRule]] = {part: [] for part in PARTS}
-        for rule in self.rules.values():
-            ports = self.ports[rule.key]
-            if rule.every_port:
-                found["peers"] += [] if rule.everybody else [rule]
-                found["blocks"] += [rule] if rule.blocks else []
-                continue
-            found["ports"] += [rule] if rule.everybody else []
-            # Ports stated by name lead to tuples of their own when packets leave.
-            found["tuples"] += [rule] if outward or (not rule.everybody and any(map(is_single, ports))) else []
-            large = bool(rule.blocks) or not all(map(is_single, ports))
-            found["boxes"] += [rule] if large and not rule.everybody else []
-        return found
+    def words_about_all(self, step: Step) -> str:
+        """Say what stands where every packet fits: who the pods are, or which rule of a tier it is."""
+        return self.who if self.key.closed and step in self.rest else rules_words(step.clause.rules.values())
 
 
 def group_key(pod: PodPolicy, direction: Direction, table: PolicyTable) -> GroupKey | None:
-    """Return the group of a pod in a direction; None where it is not isolated."""
-    policies = pod.policies(direction)
-    if policies is None:
-        return None
-    stated = []
-    doors: list[tuple[PortRange, ...]] = []
-    for policy in policies:
-        rules = table.rules_of(policy, direction)
-        stated.append((policy, _digest(rules)))
-        if direction == "ingress":
-            doors += [_doors_at(pod, rule) for rule in rules]
-    return GroupKey(direction, tuple(stated), tuple(doors))
+    """Return the group of a pod in a direction; None where nothing is ever denied."""
+    policies, tiers = pod.policies(direction), pod.tiers(direction)
 
+    def tier(names: Sequence[Name], *, last: bool) -> _Stated:
+        rules = [rule for name in names for rule in table.rules_of(name, direction)]
+        return _needed([("accept" if last and rule.action == "Pass" else _DOES[rule.action], rule) for rule in rules], last)
 
-def rules_of(key: GroupKey, table: PolicyTable) -> list[AllowRule]:
-    """Return a group's rules, policy by policy."""
-    return [rule for policy, _ in key.policies for rule in table.rules_of(policy, key.direction)]
-
-
-def rules_words(rules: Iterable[AllowRule]) -> str:
-    """Say several rules: ``shop/db[0] from pods of its namespace; on TCP 5432 | ...``."""
-    return " | ".join(f"{'/'.join(rule.key.policy)}[{rule.key.number}] {rule.says}" for rule in rules)
-
-
-def is_single(ports: PortRange) -> bool:
-    """Whether a range is written port by port."""
-    return ports.last - ports.first < SINGLE_PORTS
-
-
-def disjoint(boxes: Iterable[Box]) -> tuple[Box, ...]:
-    """Return boxes that hold the same together, of which no two overlap: ranges of addresses, each with its ports."""
-    found: list[Box] = []
-    last: dict[PortRange, int] = {}
-    for first, end, ports in _slices(list(boxes)):
-        for one in ports:
-            at = last.get(one)
-            if at is not None and found[at].last + 1 == first:
-                found[at] = Box(found[at].first, end, one)
-            else:
-                last[one] = len(found)
-                found.append(Box(first, end, one))
-    return tuple(found)
-
-
-def _slices(boxes: list[Box]) -> Iterator[tuple[int, int, tuple[PortRange, ...]]]:
-    """Cut the addresses where a box begins or ends; yield each slice with the ports of the boxes that hold it."""
-    starts: dict[int, list[PortRange]] = {}
-    ends: dict[int, list[PortRange]] = {}
-    for box in boxes:
-        starts.setdefault(box.first, []).append(box.ports)
-        ends.setdefault(box.last + 1, []).append(box.ports)
-    edges = sorted({*starts, *ends})
-    open_: Counter[PortRange] = Counter()
-    for edge, following in pairwise(edges):
-        for ports in starts.get(edge, ()):
-            open_[ports] += 1
-        for ports in ends.get(edge, ()):
-            _add(open_, ports, -1)
-        if open_:
-            yield edge, following - 1, join_ports(open_)
-
-
-def _doors_at(pod: PodPolicy, rule: AllowRule) -> tuple[PortRange, ...]:
-    return join_ports(PortRange(d.protocol, d.port, d.port) for d in rule.doors if d.pod == pod.pod)
-
-
-def _digest(rules: Iterable[AllowRule]) -> str:
-    stated = [(rule.says, rule.everybody, rule.every_port, rule.blocks, rule.ports) for rule in rules]
-    return hashlib.sha256(repr(stated).encode()).hexdigest()[:16]
-
-
-def _add(counter: Counter[int] | Counter[Tuple] | Counter[PortRange], key: int | Tuple | PortRange, step: int) -> None:
-    """Count up or down; what is at nothing is not in the counter."""
-    value = counter[key] + step  # type: ignore[index]
-    if value:
-        counter[key] = value  # type: ignore[index]
+    if policies is not None:
+        isolating = {name: table.rules_of(name, direction) for name in policies}
+        rest: tuple[StepKey, ...] = (StepKey("accept", clause_key(pod, direction, isolating)),)
     else:
-        del counter[key]
+        rest = _steps(tier(tiers.baseline, last=True), pod, direction)
+    admin = tier(tiers.admin, last=not rest)
+    closed = policies is not None
+    if admin and admin[-1][1].is_about_all and not any(does == "pass" for does, _ in admin):
+        rest, closed = (), False  # nothing gets there
+    return GroupKey(direction, _steps(admin, pod, direction), rest, closed) if admin or rest else None
+
+
+def _needed(stated: _Stated, last: bool) -> _Stated:
+    """Return the rules of a tier that can make a difference; ``last``: behind it everything is let through."""
+    end = next((i for i, (_, rule) in enumerate(stated, 1) if rule.is_about_all), len(stated))
+    while end and stated[end - 1][0] == ("accept" if last else "pass"):
+        end -= 1
+    return stated[:end]
+
+
+def _steps(stated: _Stated, pod: PodPolicy, direction: Direction) -> tuple[StepKey, ...]:
+    """Join neighbours that do the same."""
+    found = []
+    for does, together in groupby(stated, key=lambda one: one[0]):
+        rules: dict[Name, list[AllowRule]] = {}
+        for _, rule in together:
+            rules.setdefault(rule.key.policy, []).append(rule)
+        found.append(StepKey(does, clause_key(pod, direction, rules, some=True)))
+    return tuple(found)

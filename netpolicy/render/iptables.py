@@ -13,13 +13,13 @@
     mangle INPUT         packets to the node itself
       NETPOL-INPUT       the same, up to NETPOL-EGRESS
 
-    NETPOL-IN-90B3...    one chain for all pods whose policies say the same; whatever the number of peers, at most
+    NETPOL-IN-90B3...    one chain for all pods of whom policies say the same; for each of its clauses, whatever the number of peers, at most
       -m set PEERS src                 -j RETURN     pods, on every port
       -m set BLOCKS src                -j RETURN     address blocks, on every port
       -m set TUPLES src,dst            -j RETURN     a pod on a port
       -m set NETS src,dst              -j RETURN     a block, or anybody, on a port
       -p tcp --dport a:b [-m set R..]  -j RETURN     one rule for each large range of ports that is stated
-      -j DROP
+      -j DROP                                        clauses of tiers end in DROP or in -g NETPOL-IN-90B3...-REST as well
 
 A RETURN from a group's chain goes on to the other direction; the end of NETPOL goes on to whatever else is in the table. Sets come
 before the rules that ask them, and peers that come and go are members of sets: no rule is written for them.
@@ -54,8 +54,9 @@ from kernelstate.objects.netfilter import (
 from kernelstate.objects.sets import IpSet, IpSets, Member, SetSpec, SetType
 from netpolicy.blocks import Interval, prefixes
 from netpolicy.compile import PolicyChange
+from netpolicy.render.clauses import Clause, Touched, Tuple, is_single, rules_words
 from netpolicy.render.grouping import GroupChange, Grouping, Place
-from netpolicy.render.groups import Group, Touched, Tuple, is_single, rules_words
+from netpolicy.render.groups import Does, Group, Step
 from netpolicy.table import DIRECTIONS, AllowRule, Direction, PolicyTable, PortRange
 from netpolicy.wording import shorten
 
@@ -118,13 +119,19 @@ class IptablesPolicyProgram:
     def update(self, table: PolicyTable, change: PolicyChange) -> IptablesPolicyChange:
         """Take in a change of the policy table; return what differs. The first update tells everything."""
         moves = self._grouping.update(table, change)
-        for group, touched in moves.moved:
-            self._move(group, touched)
-        for group in moves.written:
-            self._write(group)
+        for clause, touched in moves.moved:
+            self._move(clause, touched)
+        for clause in moves.clauses:
+            self._fill(clause)
+        for group in moves.groups:
+            for key, rules in _chains(group):
+                self._chain(key, rules)
         self._lead(moves)
-        for group in moves.gone:
-            self._erase(group)
+        for group in moves.gone_groups:
+            for key, _ in _chains(group):
+                self._chain(key, None)
+        for clause in moves.gone_clauses:
+            self._empty(clause)
         found = IptablesPolicyChange(frozenset(self._chains_noted), frozenset(self._sets_noted), tuple(self._moves))
         self._chains_noted, self._sets_noted, self._moves = set(), set(), []
         return found._replace(members=tuple(m for m in found.members if m.spec.name not in found.sets))
@@ -152,35 +159,33 @@ class IptablesPolicyProgram:
             spec = self.sets[f"{ISOLATED}{family}"].spec
             self._turn(spec, {(int(address),): self._grouping.is_isolated(address)})
 
-    # -- what is written for a group -----------------------------------------------------------------------------------
+    # -- what is written for a clause ----------------------------------------------------------------------------------
 
-    def _write(self, group: Group) -> None:
+    def _fill(self, clause: Clause) -> None:
         for family in FAMILIES:
-            for spec, members in _sets(group, family):
+            for spec, members in _sets(clause, family):
                 self._set(spec, members)
-            self._chain(ChainKey(family, "mangle", _chain_name(group)), tuple(_rules(group, family)))
 
-    def _erase(self, group: Group) -> None:
+    def _empty(self, clause: Clause) -> None:
         for family in FAMILIES:
-            for spec, _ in _sets(group, family):
+            for spec, _ in _sets(clause, family):
                 del self.sets[spec.name], self._members[spec.name]
                 self._sets_noted.add(spec.name)
-            self._chain(ChainKey(family, "mangle", _chain_name(group)), None)
 
-    def _move(self, group: Group, touched: Touched) -> None:
+    def _move(self, clause: Clause, touched: Touched) -> None:
+        if clause.everything:
+            return
         for family, (addresses, tuples) in touched.items():
-            union = group.unions[family]
-            if union.everything:
-                continue
+            union = clause.unions[family]
             if addresses:
-                spec = _spec(group, "PEERS", "hash:ip", family)
+                spec = _spec(clause, "PEERS", "hash:ip", family)
                 self._turn(spec, {(address,): address in union.peers for address in addresses})
             if tuples:
-                spec = _spec(group, "TUPLES", "hash:ip,port", family)
+                spec = _spec(clause, "TUPLES", "hash:ip,port", family)
                 self._turn(spec, {_tuple(one): one in union.tuples for one in tuples})
-            for ports, rules in _large_ranges(group).items():
+            for ports, rules in _large_ranges(clause).items():
                 if not _is_for_everybody(rules):
-                    spec, held = _range_set(group, ports, rules, family)
+                    spec, held = _range_set(clause, ports, rules, family)
                     before = self._members[spec.name]
                     self._turn(spec, {**dict.fromkeys(before - held, False), **dict.fromkeys(held - before, True)})
 
@@ -265,77 +270,113 @@ def _line(direction: Direction, address: IPAddress, pod: Name, group: Group) -> 
 
 
 def _chain_name(group: Group) -> str:
-    return HEADS[group.key.direction] + group.name.partition("-")[2].upper()
+    return _own_name(group.key.direction, group.name)
 
 
-def _spec(group: Group, part: str, kind: SetType, family: Family) -> SetSpec:
-    return SetSpec(f"{_chain_name(group)}-{part}-{family}", kind, family)
+def _rest_name(group: Group) -> str:
+    return f"{_chain_name(group)}-REST"
 
 
-def _sets(group: Group, family: Family) -> Iterator[tuple[SetSpec, Iterable[Member]]]:
-    """Yield a group's sets in one family: those that its rules may ever fill, so that peers can come."""
-    union = group.unions[family]
-    if union.everything:
-        return
-    if "peers" in group.parts:
-        yield _spec(group, "PEERS", "hash:ip", family), [(address,) for address in union.peers]
-    if "blocks" in group.parts:
-        yield _spec(group, "BLOCKS", "hash:net", family), [(one,) for block in union.blocks for one in prefixes(block)]
-    if "tuples" in group.parts:
-        yield _spec(group, "TUPLES", "hash:ip,port", family), map(_tuple, union.tuples)
-    if _net_rules(group):
-        yield _spec(group, "NETS", "hash:net,port", family), _nets(group, family)
-    for ports, rules in _large_ranges(group).items():
-        if not _is_for_everybody(rules):
-            yield _range_set(group, ports, rules, family)
+def _own_name(direction: Direction, name: str) -> str:
+    return HEADS[direction] + name.partition("-")[2].upper()
 
 
-def _rules(group: Group, family: Family) -> Iterator[Rule]:
-    """Yield a group's chain: what lets through, and then nothing more."""
-    union, peer = group.unions[family], _PEERS[group.key.direction]
-    if union.everything:
-        yield _rule(Verdict.RETURN, says=group.who)
+def _chains(group: Group) -> Iterator[tuple[ChainKey, tuple[Rule, ...]]]:
+    """Yield a group's chains in each family: its own, and the one to which its steps pass packets on."""
+    for family in FAMILIES:
+        asked = [rule for step in group.steps for rule in _ask(group, step, family)]
+        rest = [*(rule for step in group.rest for rule in _ask(group, step, family)), *_end(group)]
+        if group.passes:
+            yield ChainKey(family, "mangle", _rest_name(group)), tuple(rest)
+            rest = [] if group.ends_before_rest else [Rule(Jump(_rest_name(group), goto=True))]
+        yield ChainKey(family, "mangle", _chain_name(group)), (*asked, *rest)
+
+
+def _end(group: Group) -> tuple[Rule, ...]:
+    """Return how a group's chain ends for what met no rule: whoever isolates lets nothing more through."""
+    return (_rule(Verdict.DROP, says=group.who),) if group.is_closed else ()
+
+
+def _ask(group: Group, step: Step, family: Family) -> Iterator[Rule]:
+    """Yield the look-ups of one clause."""
+    does: dict[Does, Target] = {
+        "accept": Verdict.RETURN,
+        "deny": Verdict.DROP,
+        "pass": Jump(_rest_name(group), goto=True),
+    }
+    clause, target = step.clause, does[step.does]
+    peer = _PEERS[clause.key.direction]
+    if clause.everything:
+        yield _rule(target, says=group.words_about_all(step))
         return
 
     def ask(part: str, says: str, *dimensions: Side) -> Rule:
-        return _rule(Verdict.RETURN, SetMatch(f"{_chain_name(group)}-{part}-{family}", dimensions), says=says)
+        return _rule(target, SetMatch(f"{_clause_name(clause)}-{part}-{family}", dimensions), says=says)
 
-    if "peers" in group.parts:
-        yield ask("PEERS", group.words("peers"), peer)
-    if "blocks" in group.parts:
-        yield ask("BLOCKS", group.words("blocks"), peer)
-    if "tuples" in group.parts:
-        yield ask("TUPLES", group.words("tuples"), peer, "dst")
-    if _net_rules(group):
-        yield ask("NETS", rules_words(_net_rules(group)), peer, "dst")
-    for ports, rules in _large_ranges(group).items():
+    if "peers" in clause.parts:
+        yield ask("PEERS", clause.words("peers"), peer)
+    if "blocks" in clause.parts:
+        yield ask("BLOCKS", clause.words("blocks"), peer)
+    if "tuples" in clause.parts:
+        yield ask("TUPLES", clause.words("tuples"), peer, "dst")
+    if _net_rules(clause):
+        yield ask("NETS", rules_words(_net_rules(clause)), peer, "dst")
+    for ports, rules in _large_ranges(clause).items():
         matches: list[Match] = []
         protocol = _PROTOCOLS[ports.protocol]
         if (ports.first, ports.last) != _EVERY_PORT:
             matches.append(Transport(protocol, (ports.first, ports.last)))
         if not _is_for_everybody(rules):
-            matches.append(SetMatch(f"{_chain_name(group)}-{_range_name(ports)}-{family}", (peer,)))
-        yield _rule(Verdict.RETURN, *matches, protocol=protocol, says=rules_words(rules))
-    yield _rule(Verdict.DROP, says=group.who)
+            matches.append(SetMatch(f"{_clause_name(clause)}-{_range_name(ports)}-{family}", (peer,)))
+        yield _rule(target, *matches, protocol=protocol, says=rules_words(rules))
+
+
+# -- a clause --------------------------------------------------------------------------------------------------------------
+
+
+def _clause_name(clause: Clause) -> str:
+    return _own_name(clause.key.direction, clause.name)
+
+
+def _spec(clause: Clause, part: str, kind: SetType, family: Family) -> SetSpec:
+    return SetSpec(f"{_clause_name(clause)}-{part}-{family}", kind, family)
+
+
+def _sets(clause: Clause, family: Family) -> Iterator[tuple[SetSpec, Iterable[Member]]]:
+    """Yield a clause's sets in one family: those that its rules may ever fill, so that peers can come."""
+    union = clause.unions[family]
+    if clause.everything:
+        return
+    if "peers" in clause.parts:
+        yield _spec(clause, "PEERS", "hash:ip", family), [(address,) for address in union.peers]
+    if "blocks" in clause.parts:
+        yield _spec(clause, "BLOCKS", "hash:net", family), [(one,) for block in union.blocks for one in prefixes(block)]
+    if "tuples" in clause.parts:
+        yield _spec(clause, "TUPLES", "hash:ip,port", family), map(_tuple, union.tuples)
+    if _net_rules(clause):
+        yield _spec(clause, "NETS", "hash:net,port", family), _nets(clause, family)
+    for ports, rules in _large_ranges(clause).items():
+        if not _is_for_everybody(rules):
+            yield _range_set(clause, ports, rules, family)
 
 
 def _rule(target: Target, *matches: Match, protocol: Protocol = "", says: str) -> Rule:
     return Rule(target, (Comment(shorten(says, COMMENT)), *matches), protocol)
 
 
-def _net_rules(group: Group) -> list[AllowRule]:
+def _net_rules(clause: Clause) -> list[AllowRule]:
     """Return the rules that let blocks, or anybody, in on single ports."""
     return [
         rule
-        for rule in group.rules.values()
-        if not rule.every_port and (rule.everybody or rule.blocks) and any(map(is_single, group.ports[rule.key]))
+        for rule in clause.rules.values()
+        if not rule.every_port and (rule.everybody or rule.blocks) and any(map(is_single, clause.ports[rule.key]))
     ]
 
 
-def _nets(group: Group, family: Family) -> Iterator[Member]:
-    for rule in _net_rules(group):
+def _nets(clause: Clause, family: Family) -> Iterator[Member]:
+    for rule in _net_rules(clause):
         networks = _networks(rule, family)
-        for protocol, first, last in filter(is_single, group.ports[rule.key]):
+        for protocol, first, last in filter(is_single, clause.ports[rule.key]):
             for port in range(first, last + 1):
                 yield from ((network, _PROTOCOLS[protocol], port) for network in networks)
 
@@ -347,11 +388,11 @@ def _networks(rule: AllowRule, family: Family) -> list[tuple[int, int]]:
     return [one for block in rule.blocks if block.family == family for one in prefixes(block)]
 
 
-def _large_ranges(group: Group) -> dict[PortRange, list[AllowRule]]:
+def _large_ranges(clause: Clause) -> dict[PortRange, list[AllowRule]]:
     """Return the ranges that are too large to be written port by port, sorted, and the rules that state each."""
     found: dict[PortRange, list[AllowRule]] = {}
-    for rule in group.rules.values():
-        for ports in () if rule.every_port else group.ports[rule.key]:
+    for rule in clause.rules.values():
+        for ports in () if rule.every_port else clause.ports[rule.key]:
             if not is_single(ports):
                 found.setdefault(ports, []).append(rule)
     return dict(sorted(found.items()))
@@ -365,11 +406,11 @@ def _range_name(ports: PortRange) -> str:
     return "R" + hashlib.sha256(repr(tuple(ports)).encode()).hexdigest()[:5].upper()
 
 
-def _range_set(group: Group, ports: PortRange, rules: list[AllowRule], family: Family) -> tuple[SetSpec, set[Member]]:
+def _range_set(clause: Clause, ports: PortRange, rules: list[AllowRule], family: Family) -> tuple[SetSpec, set[Member]]:
     """Return who may use a large range of ports."""
     pods: set[Member] = {((int(a), BITS[family]),) for rule in rules for a in rule.pods if a.version == family}
     blocks: set[Member] = {(one,) for rule in rules for one in _networks(rule, family)}
-    return _spec(group, _range_name(ports), "hash:net", family), pods | blocks
+    return _spec(clause, _range_name(ports), "hash:net", family), pods | blocks
 
 
 def _tuple(one: Tuple) -> Member:

@@ -12,13 +12,17 @@
     input, behind IPVS: packets to the node itself
         ct state established,related accept; neighbour discovery; ip saddr vmap @egress
 
-    in-90b3...      the chain of a group of pods (groups.py)
+    in-90b3...      the chain of a group of pods (groups.py): of each of its clauses (clauses.py) at most
         ip saddr @in-90b3...-peers return            peers on every port            return: this direction lets it through
         ip saddr @in-90b3...-blocks return
         meta l4proto . th dport @in-90b3...-ports return
         ip saddr . meta l4proto . th dport @in-90b3...-tuples return
         ip saddr . meta l4proto . th dport @in-90b3...-boxes return
         drop
+    in-c24e...      one with an admin tier that passes packets on
+        ip saddr @in-77a0...-peers drop              a clause that denies; its sets are shared by all groups that ask it
+        ip saddr @in-1f5d...-peers goto in-c24e...-rest
+        goto in-c24e...-rest                         the same as above for NetworkPolicies, or the baseline tier
 
 Postrouting is where IPVS' packets can be seen as well, and where Services have been resolved in every mode. A chain is complete
 before a pod is led to it, and an address is led to another chain by one element: a change of policy is one moment. Two pods that
@@ -29,7 +33,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from clusterstate.objects import IPAddress
 from kernelstate.objects.address import Family
@@ -42,6 +46,7 @@ from kernelstate.objects.nftables import (
     ElementKey,
     FibLocal,
     Field,
+    GotoChain,
     Hook,
     InSet,
     Interval,
@@ -53,13 +58,15 @@ from kernelstate.objects.nftables import (
     OpensNoConnection,
     ReturnToCaller,
     Rule,
+    Statement,
     Table,
     TableChange,
     VerdictMap,
 )
 from netpolicy.compile import PolicyChange
+from netpolicy.render.clauses import Clause, Tuple, Union
 from netpolicy.render.grouping import Grouping
-from netpolicy.render.groups import Group, Tuple, Union
+from netpolicy.render.groups import Does, Group, Step
 from netpolicy.table import DIRECTIONS, Direction, PolicyTable
 from netpolicy.wording import shorten
 
@@ -93,15 +100,23 @@ class NftablesPolicyProgram:
         notes = {family: _Notes(self.tables[family]) for family in FAMILIES}
         moves = self._grouping.update(table, change)
         for family, note in notes.items():
-            for group, touched in moves.moved:
-                _move(note, group, family, touched[family])
-            for group in moves.written:
-                _write(note, group, family)
+            for clause, touched in moves.moved:
+                _move(note, clause, family, touched[family])
+            for clause in moves.clauses:
+                for name, (named, elements) in _sets(clause, family).items():
+                    note.set(name, named, elements)
+            for group in moves.groups:
+                for name, chain in _chains(group).items():
+                    note.chain(name, chain)
         for direction, address in moves.places:
             self._lead(direction, address, notes[address.version])
         for note in notes.values():
-            for group in moves.gone:
-                _erase(note, group)
+            for group in moves.gone_groups:
+                for name in _chains(group):
+                    note.chain(name, None)
+            for clause in moves.gone_clauses:
+                for part in clause.parts:
+                    note.set(f"{clause.name}-{part}", None, {})
         return {family: note.done() for family, note in notes.items()}
 
     def _lead(self, direction: Direction, address: IPAddress, note: _Notes) -> None:
@@ -125,28 +140,15 @@ class NftablesPolicyProgram:
         note.element("isolated", (number,), None, present=isolated)
 
 
-def _write(note: _Notes, group: Group, family: Family) -> None:
-    union = group.unions[family]
-    for name, (named, elements) in _sets(group, union).items():
-        note.set(name, named, elements)
-    note.chain(group.name, _chain(group, union))
-
-
-def _erase(note: _Notes, group: Group) -> None:
-    note.chain(group.name, None)
-    for part in group.parts:
-        note.set(f"{group.name}-{part}", None, {})
-
-
-def _move(note: _Notes, group: Group, family: Family, touched: tuple[set[int], set[Tuple]]) -> None:
-    union = group.unions[family]
+def _move(note: _Notes, clause: Clause, family: Family, touched: tuple[set[int], set[Tuple]]) -> None:
+    union = clause.unions[family]
     addresses, tuples = touched
     for address in addresses:
-        note.element(f"{group.name}-peers", (address,), None, present=address in union.peers)
+        note.element(f"{clause.name}-peers", (address,), None, present=address in union.peers)
     for one in tuples:
-        note.element(f"{group.name}-tuples", _tuple(one), None, present=one in union.tuples)
-    if "boxes" in group.parts:
-        note.set(f"{group.name}-boxes", None, _boxes(union), only_elements=True)
+        note.element(f"{clause.name}-tuples", _tuple(one), None, present=one in union.tuples)
+    if "boxes" in clause.parts:
+        note.set(f"{clause.name}-boxes", None, _boxes(union), only_elements=True)
 
 
 def render_policies(table: PolicyTable) -> dict[Family, Table]:
@@ -173,12 +175,13 @@ def _empty(family: Family) -> Table:
     return Table(chains, dict(_MAPS), {name: {} for name in _MAPS})
 
 
-def _sets(group: Group, union: Union) -> dict[str, tuple[NamedSet, dict[ElementKey, Data]]]:
-    """Return a group's sets in one family: those that its rules may ever fill, so that peers can come."""
+def _sets(clause: Clause, family: Family) -> dict[str, tuple[NamedSet, dict[ElementKey, Data]]]:
+    """Return a clause's sets in one family: those that its rules may ever fill, so that peers can come."""
     found: dict[str, tuple[NamedSet, dict[ElementKey, Data]]] = {}
-    for part in group.parts:
-        name, key = f"{group.name}-{part}", _key(group, part)
-        found[name] = (NamedSet(name, key, intervals=part in {"blocks", "ports", "boxes"}), _elements(part, union))
+    for part in clause.parts:
+        name, key = f"{clause.name}-{part}", _key(clause, part)
+        elements = _elements(part, clause.unions[family])
+        found[name] = (NamedSet(name, key, intervals=part in {"blocks", "ports", "boxes"}), elements)
     return found
 
 
@@ -196,8 +199,8 @@ def _elements(part: str, union: Union) -> dict[ElementKey, Data]:
             return _boxes(union)
 
 
-def _key(group: Group, part: str) -> Key:
-    peer = _PEER[group.key.direction]
+def _key(clause: Clause, part: str) -> Key:
+    peer = _PEER[clause.key.direction]
     match part:
         case "peers" | "blocks":
             return (peer,)
@@ -207,16 +210,36 @@ def _key(group: Group, part: str) -> Key:
             return (peer, _PROTO, _DPORT)
 
 
-def _chain(group: Group, union: Union) -> Chain:
-    """Return a group's chain: what lets through, and then nothing more."""
-    who = shorten(group.who, COMMENT)
-    if union.everything:
-        return Chain((Rule((), (ReturnToCaller(),), who),))
-    asks = [
-        Rule((InSet(_key(group, part), f"{group.name}-{part}"),), (ReturnToCaller(),), shorten(group.words(part), COMMENT))
-        for part in group.parts
-    ]
-    return Chain((*asks, Rule((), (DropPacket(),), who)))
+def _chains(group: Group) -> dict[str, Chain]:
+    """Return a group's chain, and the one to which its steps pass packets on."""
+    asked = [rule for step in group.steps for rule in _ask(group, step)]
+    rest = [*(rule for step in group.rest for rule in _ask(group, step)), *_end(group)]
+    if not group.passes:
+        return {group.name: Chain((*asked, *rest))}
+    if not group.ends_before_rest:
+        asked.append(Rule((), (_pass(group),)))
+    return {group.name: Chain(tuple(asked)), f"{group.name}-rest": Chain(tuple(rest))}
+
+
+def _ask(group: Group, step: Step) -> Iterator[Rule]:
+    """Yield the look-ups of one clause."""
+    does: dict[Does, Statement] = {"accept": ReturnToCaller(), "deny": DropPacket(), "pass": _pass(group)}
+    clause, verdict = step.clause, does[step.does]
+    if clause.everything:
+        yield Rule((), (verdict,), shorten(group.words_about_all(step), COMMENT))
+        return
+    for part in clause.parts:
+        asked = InSet(_key(clause, part), f"{clause.name}-{part}")
+        yield Rule((asked,), (verdict,), shorten(clause.words(part), COMMENT))
+
+
+def _pass(group: Group) -> GotoChain:
+    return GotoChain(f"{group.name}-rest")
+
+
+def _end(group: Group) -> tuple[Rule, ...]:
+    """Return how a group's chain ends for what met no rule: whoever isolates lets nothing more through."""
+    return (Rule((), (DropPacket(),), shorten(group.who, COMMENT)),) if group.is_closed else ()
 
 
 def _tuple(one: Tuple) -> ElementKey:
