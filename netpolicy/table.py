@@ -55,6 +55,11 @@ def join_ports(ports: Iterable[PortRange]) -> tuple[PortRange, ...]:
     return tuple(found)
 
 
+def is_of_cluster(policy: Name) -> bool:
+    """Whether a policy is a ClusterNetworkPolicy, which has no namespace."""
+    return not policy[0]
+
+
 def policy_name(policy: Name) -> str:
     """Print a policy's name: ``default/db-in``, or ``no-telnet`` for one of the whole cluster, whose namespace is empty."""
     return "/".join(filter(None, policy))
@@ -149,6 +154,11 @@ class PodPolicy(msgspec.Struct, frozen=True):
     def is_isolated(self) -> bool:
         """Whether NetworkPolicies isolate it in some direction."""
         return self.ingress is not None or self.egress is not None
+
+    @property
+    def is_governed(self) -> bool:
+        """Whether a tier has rules for it in some direction."""
+        return any(self.ingress_tiers) or any(self.egress_tiers)
 
     @property
     def every_policy(self) -> frozenset[Name]:

@@ -23,6 +23,7 @@ import msgspec
 
 from clusterstate.objects import Node
 from clusterstate.snapshot import Name, Update
+from netpolicy.table import PolicyTable, is_of_cluster
 from nodeplane.flows import FlowKeeper
 from nodeplane.kernel import NodeKernel
 from nodeplane.pipeline import Desired, HostFacts, Pipeline
@@ -304,8 +305,7 @@ class Agent:
             rules=self.pipeline.rules,
             elements=desired.services.elements,
             servers=len(desired.services.servers),
-            isolated=len(desired.policies.pods) if desired.policies is not None else 0,
-            policies=len(desired.policies.rules) if desired.policies is not None else 0,
+            **_policy_counts(desired.policies),
             families=desired.families,
             finished=tuple(link.name for link in desired.links.links if link.tx_checksum is False) if desired.links else (),
             peers=_peers(desired),
@@ -316,6 +316,17 @@ class Agent:
             lease=lease,
         )
         self.publish(self.status)
+
+
+def _policy_counts(table: PolicyTable | None) -> dict[str, int]:
+    if table is None:
+        return dict.fromkeys(("policies", "isolated", "cluster_policies", "governed"), 0)
+    return {
+        "policies": sum(1 for name in table.rules if not is_of_cluster(name)),
+        "isolated": sum(1 for pod in table.pods.values() if pod.is_isolated),
+        "cluster_policies": sum(1 for name, rules in table.rules.items() if rules and is_of_cluster(name)),
+        "governed": sum(1 for pod in table.pods.values() if pod.is_governed),
+    }
 
 
 def _peers(desired: Desired) -> tuple[PeerStatus, ...]:

@@ -144,12 +144,10 @@ class Explainer:
     def _policy(self, question: Question, destinations: list[IPAddress], judgement: Judgement, kind: str) -> PolicyAnswer:
         """Say what policies make of it; ``destinations`` are those that Services leave, in the order of their endpoints."""
         if self.policies is None:
-            count = len(self.view.snapshot.policies)
-            because = (
-                (f"{count} NetworkPolicies are among the objects; policy.enabled is false, so none is enforced",)
-                if count
-                else ()
-            )
+            snapshot = self.view.snapshot
+            counts = {"NetworkPolicies": len(snapshot.policies), "ClusterNetworkPolicies": len(snapshot.cluster_policies)}
+            told = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+            because = (f"{told} are among the objects; policy.enabled is false, so none is enforced",) if told else ()
             return PolicyAnswer("none", "none", because, agree=True)
         ports = {parse_backend(o.backend): o for o in judgement.outcomes if o.backend}
         ends = sorted(ports) or [(d, question.port) for d in destinations]
@@ -333,7 +331,7 @@ def _text(question: Question, answer: dict[str, Any], node: str) -> list[str]:
             lines.append(f"  {verdict}")
     policy = answer["policy"]
     if policy["because"]:
-        lines += ["", f"  NetworkPolicy: egress {policy['egress']}, ingress {policy['ingress']}"]
+        lines += ["", f"  policies: egress {policy['egress']}, ingress {policy['ingress']}"]
         lines += [f"    {line}" for line in policy["because"]]
     lines += ["", "  " + "\n  ".join(answer["steps"]), ""]
     lines.append("  oracle and rules agree" if answer["agree"] else "  oracle and rules DISAGREE")

@@ -61,7 +61,7 @@ OWNERSHIP = Ownership(
 )
 """Which chains of the packet filter are ours, in whatever mode they were written."""
 
-POLICY_KINDS = frozenset({"Pod", "Namespace", "NetworkPolicy"})
+POLICY_KINDS = frozenset({"Pod", "Namespace", "NetworkPolicy", "ClusterNetworkPolicy"})
 """Kinds of objects that policies are made of."""
 
 _OVERLAY_RENDERERS: dict[str, Callable[[PeerTable], LinkState]] = {
@@ -112,7 +112,7 @@ class Desired(msgspec.Struct, frozen=True):
     health_places: Places = {}
     """Where those ports are open."""
     policies: PolicyTable | None = None
-    """Whom NetworkPolicies isolate here; None: they are not enforced."""
+    """Whom policies are about here, and what they say; None: they are not enforced."""
     policy_state: PolicyState = PolicyState()
     """What policies become."""
     policy_change: PolicyUpdate | None = None

@@ -2,7 +2,7 @@
 
     change of policy --> tracked flows of pods whose policies changed --> judged by the oracle, as new ones --> denied: entry deleted
 
-What comes from or to an isolated pod, belongs to no connection and opens none is dropped, so that the rest of a cut TCP connection
+What comes from or to a pod that policies hold back, belongs to no connection and opens none is dropped, so that the rest of a cut TCP connection
 cannot pass for a new one, whichever end goes on. Both notice it by their own time-outs, as with a network that went away.
 """
 
@@ -18,7 +18,7 @@ from kernelstate.objects.address import Family, Prefix
 from kernelstate.ports import ConntrackEntry, ConntrackPort, SyncReport
 from netpolicy.compile import PolicyChange
 from netpolicy.oracle import Flow, Oracle
-from netpolicy.table import PodPolicy, PolicyTable
+from netpolicy.table import PolicyTable
 
 PROTOCOLS = ("tcp", "udp", "sctp")
 
@@ -41,10 +41,10 @@ class PolicyFlows:
         self._table = table
         policies = {*change.rules, *(key.policy for key in change.peers)}
         pods: set[Name] = set(change.pods)
-        pods |= {name for name, pod in table.pods.items() if policies & _policies(pod)}
+        pods |= {name for name, pod in table.pods.items() if policies & pod.every_policy}
         for name in pods:
             pod = table.pods.get(name)
-            if pod is not None:  # one that is isolated no more loses nothing
+            if pod is not None:  # one that no policy is about any more loses nothing
                 self._addresses |= set(pod.addresses)
 
     def sync(self, local: frozenset[Prefix]) -> SyncReport:
@@ -73,10 +73,6 @@ def flow_of(entry: ConntrackEntry, local: frozenset[Prefix]) -> Flow:
     source = _address(entry.family, entry.source)
     destination = _address(entry.family, entry.reply_source)
     return Flow(source, destination, entry.protocol.upper(), entry.reply_source_port, Prefix.host(source) in local)
-
-
-def _policies(pod: PodPolicy) -> set[Name]:
-    return {*(pod.ingress or ()), *(pod.egress or ())}
 
 
 def _address(family: Family, number: int) -> IPAddress:

@@ -70,6 +70,10 @@ class Status(msgspec.Struct, frozen=True):
     """NetworkPolicies that isolate a pod of this node."""
     isolated: int = 0
     """Pods of this node that are isolated in some direction."""
+    cluster_policies: int = 0
+    """ClusterNetworkPolicies with a rule for a pod of this node."""
+    governed: int = 0
+    """Pods of this node that they have rules for."""
     families: tuple[int, ...] = ()
     overlay: str = ""
     engine: str = ""
@@ -144,6 +148,15 @@ def _written(status: Status) -> str:
     return ", ".join([*parts, f"{status.rules} iptables rules in {status.chains} chains"])
 
 
+def _policy_lines(status: Status) -> list[str]:
+    told = []
+    if status.policies:
+        told.append(f"{status.policies} NetworkPolicies isolate {status.isolated} pods here")
+    if status.cluster_policies:
+        told.append(f"{status.cluster_policies} ClusterNetworkPolicies have rules for {status.governed}")
+    return [f"{'' if i else 'policy':<9} {words}" for i, words in enumerate(told)]
+
+
 def _lease_lines(lease: LeaseStatus) -> list[str]:
     """Say what this node holds and whether etcd is there."""
     if not lease.subnets:
@@ -179,8 +192,7 @@ def status_lines(status: Status, *, running: bool) -> list[str]:
         lines.append(f"          tx-checksum is off on {', '.join(status.finished)}")
     if status.lease is not None:
         lines += _lease_lines(status.lease)
-    if status.policies:
-        lines.append(f"policy    {status.policies} NetworkPolicies isolate {status.isolated} pods here")
+    lines += _policy_lines(status)
     for title, items in (
         ("refused", (status.refused,) if status.refused else ()),
         ("pending", status.pending),

@@ -50,6 +50,7 @@ def resources(node: str, *, services: bool, all_nodes: bool, policies: bool) -> 
             Resource("Pod", "/api/v1/pods"),
             Resource("Namespace", "/api/v1/namespaces"),
             Resource("NetworkPolicy", "/apis/networking.k8s.io/v1/networkpolicies"),
+            Resource("ClusterNetworkPolicy", "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies", optional=True),
         ]
     return tuple(found)
 

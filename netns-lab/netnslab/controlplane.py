@@ -222,7 +222,7 @@ class _ControlPlane:
                 continue
             for one in slices_for(raw, pods, zones):
                 self.objects[ObjectRef("EndpointSlice", ref.namespace, one["metadata"]["name"])] = one
-        for kind in ("EndpointSlice", "Endpoints", "NetworkPolicy", "ServiceCIDR", "Namespace"):
+        for kind in ("EndpointSlice", "Endpoints", "NetworkPolicy", "ClusterNetworkPolicy", "ServiceCIDR", "Namespace"):
             self.objects.update(self._of(kind))
 
     def service_cidr(self) -> None:

@@ -81,6 +81,29 @@ SEEDS: list[dict[str, Any]] = [
             "egress": [{"to": [{"namespaceSelector": {}}]}],
         },
     },
+    {
+        "kind": "ClusterNetworkPolicy",
+        "metadata": {"name": "cnp"},
+        "spec": {
+            "tier": "Admin",
+            "priority": 5,
+            "subject": {"namespaces": {"matchLabels": {"a": "b"}}},
+            "ingress": [
+                {
+                    "action": "Deny",
+                    "from": [{"pods": {"namespaceSelector": {}, "podSelector": {}}}],
+                    "protocols": [{"tcp": {"destinationPort": {"number": 80}}}, {"destinationNamedPort": "http"}],
+                }
+            ],
+            "egress": [
+                {
+                    "action": "Accept",
+                    "to": [{"networks": ["10.0.0.0/8"]}],
+                    "protocols": [{"udp": {"destinationPort": {"range": {"start": 1, "end": 9}}}}],
+                }
+            ],
+        },
+    },
     {"kind": "ServiceCIDR", "metadata": {"name": "c"}, "spec": {"cidrs": ["10.96.0.0/12"]}},
     {"kind": "List", "items": [{"kind": "Namespace", "metadata": {"name": "a"}}, {"kind": "Deployment"}]},
 ]

@@ -23,6 +23,10 @@ KINDS = {
     "/api/v1/pods": ("v1", "Pod"),
     "/api/v1/namespaces": ("v1", "Namespace"),
     "/apis/networking.k8s.io/v1/networkpolicies": ("networking.k8s.io/v1", "NetworkPolicy"),
+    "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies": (
+        "policy.networking.k8s.io/v1alpha2",
+        "ClusterNetworkPolicy",
+    ),
     "/apis/networking.k8s.io/v1/servicecidrs": ("networking.k8s.io/v1", "ServiceCIDR"),
 }
 SECONDS = 5.0
