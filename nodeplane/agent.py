@@ -305,7 +305,7 @@ class Agent:
             rules=self.pipeline.rules,
             elements=desired.services.elements,
             servers=len(desired.services.servers),
-            **_policy_counts(desired.policies),
+            **policy_counts(desired.policies),
             families=desired.families,
             finished=tuple(link.name for link in desired.links.links if link.tx_checksum is False) if desired.links else (),
             peers=_peers(desired),
@@ -318,7 +318,8 @@ class Agent:
         self.publish(self.status)
 
 
-def _policy_counts(table: PolicyTable | None) -> dict[str, int]:
+def policy_counts(table: PolicyTable | None) -> dict[str, int]:
+    """Return what a status says of policies: how many of each kind are about pods here, and about how many."""
     if table is None:
         return dict.fromkeys(("policies", "isolated", "cluster_policies", "governed"), 0)
     return {

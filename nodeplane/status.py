@@ -153,7 +153,7 @@ def _policy_lines(status: Status) -> list[str]:
     if status.policies:
         told.append(f"{status.policies} NetworkPolicies isolate {status.isolated} pods here")
     if status.cluster_policies:
-        told.append(f"{status.cluster_policies} ClusterNetworkPolicies have rules for {status.governed}")
+        told.append(f"{status.cluster_policies} ClusterNetworkPolicies have rules for {status.governed} pods here")
     return [f"{'' if i else 'policy':<9} {words}" for i, words in enumerate(told)]
 
 

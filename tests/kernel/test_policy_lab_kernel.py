@@ -1,4 +1,4 @@
-"""NetworkPolicy across three nodes: for each policy that people write, every pair of nine pods on every port, by real connections."""
+"""Policies of both kinds across three nodes: for each policy that people write, every pair of nine pods on every port, by real connections."""
 
 from __future__ import annotations
 
@@ -85,19 +85,63 @@ def cluster(request, tmp_path_factory) -> Iterator[str]:
 @pytest.mark.parametrize("spec", POLICIES.values(), ids=list(POLICIES))
 def test_truth_table(cluster, tmp_path, spec):
     """Exactly the connections come about that the policy lets through, from every pod to every pod on both ports."""
-    policy = tmp_path / "policy.yaml"
     metadata = {"name": "policy", "namespace": "x"}
-    policy.write_text(
-        yaml.safe_dump({"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata, "spec": spec})
-    )
-    nodeplane("apply", "--name", cluster, "-f", str(policy))
+    policy = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata, "spec": spec}
+    assert True in truth(cluster, tmp_path, [policy]).values()
+
+
+def test_tiers(cluster, tmp_path):
+    """So do those that the tiers let through, around a NetworkPolicy: accepted and denied before it, passed on to it, or left to the end."""
+    of_cluster = {"apiVersion": "policy.networking.k8s.io/v1alpha2", "kind": "ClusterNetworkPolicy"}
+    manifests = [{**of_cluster, "metadata": {"name": name}, "spec": spec} for name, spec in yaml.safe_load(TIERS).items()]
+    deny = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "deny", "namespace": "x"}}
+    got = truth(cluster, tmp_path, [*manifests, {**deny, "spec": {"podSelector": {}}}])
+    into = {
+        to: "".join(sorted({one[0] for (one, other, port), open_ in got.items() if other == to and port == 80 and open_}))
+        for to in WATCHED
+    }
+    assert into == {"x/a": "xy", "y/b": "yz", "z/c": "xyz"}
+    assert not any(open_ for (one, other, port), open_ in got.items() if port == 81 and other[0] == "z" and one != other)
+
+
+WATCHED = ("x/a", "y/b", "z/c")
+TIERS = """
+first:
+  tier: Admin
+  priority: 1
+  subject: {namespaces: {}}
+  ingress:
+  - {action: Accept, from: [{namespaces: {matchLabels: {ns: y}}}], protocols: [{tcp: {destinationPort: {number: 80}}}]}
+  egress:
+  - {action: Deny, to: [{namespaces: {matchLabels: {ns: z}}}], protocols: [{tcp: {destinationPort: {range: {start: 81, end: 90}}}}]}
+second:
+  tier: Admin
+  priority: 2
+  subject: {namespaces: {matchExpressions: [{key: ns, operator: In, values: [x, y]}]}}
+  ingress:
+  - {action: Pass, from: [{pods: {namespaceSelector: {matchLabels: {ns: z}}, podSelector: {}}}]}
+  - {action: Deny, from: [{pods: {namespaceSelector: {matchLabels: {ns: x}}, podSelector: {}}}]}
+last:
+  tier: Baseline
+  priority: 0
+  subject: {pods: {namespaceSelector: {}, podSelector: {matchLabels: {pod: a}}}}
+  ingress:
+  - {action: Deny, from: [{namespaces: {}}]}
+"""
+
+
+def truth(cluster: str, tmp_path: Path, manifests: list[dict[str, object]]) -> dict[tuple[str, str, int], bool]:
+    """Apply policies, connect every pod to every pod on both ports, see that all is as the objects say, and delete them."""
+    policies = tmp_path / "policies.yaml"
+    policies.write_text(yaml.safe_dump_all(manifests))
+    nodeplane("apply", "--name", cluster, "-f", str(policies))
     nodeplane("wait", "--name", cluster)
     pods = [f"{ns}/{pod}" for ns in "xyz" for pod in "abc"]
     asked = [(one, other, port) for one in pods for other in pods for port in PORTS]
     got = probe(cluster, tmp_path, asked)
     assert got == {question: expected(cluster, *question) for question in asked}
-    assert True in got.values()
-    nodeplane("delete", "--name", cluster, "-f", str(policy))
+    nodeplane("delete", "--name", cluster, "-f", str(policies))
+    return got
 
 
 def probe(name: str, tmp_path: Path, asked: list[tuple[str, str, int]]) -> dict[tuple[str, str, int], bool]:

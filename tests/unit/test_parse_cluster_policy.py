@@ -128,7 +128,10 @@ BAD_RULES = {
         rule(**{"from": [{"networks": ["10.0.0.0/8"]}]}),
         'from[0].networks: is not known here, is ["10.0.0.0/8"]',
     ),
-    "a network": (out(to=[{"networks": ["10.0.0.0/8", "10.0.0.0/33"]}]), 'to[0].networks[1]: must be a CIDR such as 10.0.0.0/8, is "10.0.0.0/33"'),
+    "a network": (
+        out(to=[{"networks": ["10.0.0.0/8", "10.0.0.0/33"]}]),
+        'to[0].networks[1]: must be a CIDR such as 10.0.0.0/8, is "10.0.0.0/33"',
+    ),
     "no network": (out(to=[{"networks": []}]), "to[0].networks: must hold 1 to 25, holds 0"),
     "networks and pods": (
         out(to=[{"networks": ["10.0.0.0/8"], "namespaces": {}}]),
