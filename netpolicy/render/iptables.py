@@ -27,14 +27,13 @@ before the rules that ask them, and peers that come and go are members of sets: 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from clusterstate.snapshot import Name
 from kernelstate.chain_tree import Addresses, Line, Tree
 from kernelstate.diff_sets import MemberChange
-from kernelstate.objects.address import BITS, Family, IPAddress, Prefix
+from kernelstate.objects.address import Family, IPAddress, Prefix
 from kernelstate.objects.netfilter import (
     AddrType,
     Anchor,
@@ -48,22 +47,20 @@ from kernelstate.objects.netfilter import (
     Rule,
     SetMatch,
     Target,
-    Transport,
     Verdict,
 )
-from kernelstate.objects.sets import IpSet, IpSets, Member, SetSpec, SetType
-from netpolicy.blocks import Interval, prefixes
+from kernelstate.objects.sets import IpSet, IpSets, Member, SetSpec
 from netpolicy.compile import PolicyChange
-from netpolicy.render.clauses import Clause, Touched, Tuple, is_single, rules_words
+from netpolicy.render.clauses import Clause, Touched
 from netpolicy.render.grouping import GroupChange, Grouping, Place
 from netpolicy.render.groups import Does, Group, Step
-from netpolicy.table import DIRECTIONS, AllowRule, Direction, PolicyTable, PortRange
+from netpolicy.render.iptables_sets import HEADS, Side, look_ups, moves_of, own_name, ranges_of, sets_of
+from netpolicy.table import DIRECTIONS, Direction, PolicyTable
 from netpolicy.wording import shorten
 
 FAMILIES: tuple[Family, ...] = (4, 6)
 CHAIN, INPUT_CHAIN = "NETPOL", "NETPOL-INPUT"
 BRANCHES: Mapping[Direction, str] = {"egress": "NETPOL-EGRESS", "ingress": "NETPOL-INGRESS"}
-HEADS: Mapping[Direction, str] = {"egress": "NETPOL-EG-", "ingress": "NETPOL-IN-"}
 CHAIN_NAMES = frozenset({CHAIN, INPUT_CHAIN, *BRANCHES.values()})
 PREFIXES = tuple(HEADS.values())
 """How names of chains of ours start, and those of sets besides ISOLATED."""
@@ -71,12 +68,8 @@ ISOLATED = "NETPOL-ISOLATED-"
 COMMENT = 255
 """Bytes; the kernel takes 256 with the NUL at the end."""
 
-Side: TypeAlias = Literal["src", "dst"]
 _SIDES: Mapping[Direction, Side] = {"egress": "src", "ingress": "dst"}
 """On which side of a packet the pod is."""
-_PEERS: Mapping[Direction, Side] = {"egress": "dst", "ingress": "src"}
-_PROTOCOLS: Mapping[str, Literal["tcp", "udp", "sctp"]] = {"TCP": "tcp", "UDP": "udp", "SCTP": "sctp"}
-_EVERY_PORT = (0, 65535)
 
 
 class IptablesPolicyChange(NamedTuple):
@@ -163,31 +156,23 @@ class IptablesPolicyProgram:
 
     def _fill(self, clause: Clause) -> None:
         for family in FAMILIES:
-            for spec, members in _sets(clause, family):
+            for spec, members in sets_of(clause, family):
                 self._set(spec, members)
 
     def _empty(self, clause: Clause) -> None:
         for family in FAMILIES:
-            for spec, _ in _sets(clause, family):
+            for spec, _ in sets_of(clause, family):
                 del self.sets[spec.name], self._members[spec.name]
                 self._sets_noted.add(spec.name)
 
     def _move(self, clause: Clause, touched: Touched) -> None:
         if clause.everything:
             return
-        for family, (addresses, tuples) in touched.items():
-            union = clause.unions[family]
-            if addresses:
-                spec = _spec(clause, "PEERS", "hash:ip", family)
-                self._turn(spec, {(address,): address in union.peers for address in addresses})
-            if tuples:
-                spec = _spec(clause, "TUPLES", "hash:ip,port", family)
-                self._turn(spec, {_tuple(one): one in union.tuples for one in tuples})
-            for ports, rules in _large_ranges(clause).items():
-                if not _is_for_everybody(rules):
-                    spec, held = _range_set(clause, ports, rules, family)
-                    before = self._members[spec.name]
-                    self._turn(spec, {**dict.fromkeys(before - held, False), **dict.fromkeys(held - before, True)})
+        for family in FAMILIES:
+            for spec, present in moves_of(clause, family, touched):
+                self._turn(spec, present)
+            for spec, wanted in ranges_of(clause, family):
+                self._set(spec, wanted)
 
     # -- noting --------------------------------------------------------------------------------------------------------
 
@@ -270,15 +255,11 @@ def _line(direction: Direction, address: IPAddress, pod: Name, group: Group) -> 
 
 
 def _chain_name(group: Group) -> str:
-    return _own_name(group.key.direction, group.name)
+    return own_name(group.key.direction, group.name)
 
 
 def _rest_name(group: Group) -> str:
     return f"{_chain_name(group)}-REST"
-
-
-def _own_name(direction: Direction, name: str) -> str:
-    return HEADS[direction] + name.partition("-")[2].upper()
 
 
 def _chains(group: Group) -> Iterator[tuple[ChainKey, tuple[Rule, ...]]]:
@@ -305,113 +286,12 @@ def _ask(group: Group, step: Step, family: Family) -> Iterator[Rule]:
         "pass": Jump(_rest_name(group), goto=True),
     }
     clause, target = step.clause, does[step.does]
-    peer = _PEERS[clause.key.direction]
     if clause.everything:
         yield _rule(target, says=group.words_about_all(step))
         return
-
-    def ask(part: str, says: str, *dimensions: Side) -> Rule:
-        return _rule(target, SetMatch(f"{_clause_name(clause)}-{part}-{family}", dimensions), says=says)
-
-    if "peers" in clause.parts:
-        yield ask("PEERS", clause.words("peers"), peer)
-    if "blocks" in clause.parts:
-        yield ask("BLOCKS", clause.words("blocks"), peer)
-    if "tuples" in clause.parts:
-        yield ask("TUPLES", clause.words("tuples"), peer, "dst")
-    if _net_rules(clause):
-        yield ask("NETS", rules_words(_net_rules(clause)), peer, "dst")
-    for ports, rules in _large_ranges(clause).items():
-        matches: list[Match] = []
-        protocol = _PROTOCOLS[ports.protocol]
-        if (ports.first, ports.last) != _EVERY_PORT:
-            matches.append(Transport(protocol, (ports.first, ports.last)))
-        if not _is_for_everybody(rules):
-            matches.append(SetMatch(f"{_clause_name(clause)}-{_range_name(ports)}-{family}", (peer,)))
-        yield _rule(target, *matches, protocol=protocol, says=rules_words(rules))
-
-
-# -- a clause --------------------------------------------------------------------------------------------------------------
-
-
-def _clause_name(clause: Clause) -> str:
-    return _own_name(clause.key.direction, clause.name)
-
-
-def _spec(clause: Clause, part: str, kind: SetType, family: Family) -> SetSpec:
-    return SetSpec(f"{_clause_name(clause)}-{part}-{family}", kind, family)
-
-
-def _sets(clause: Clause, family: Family) -> Iterator[tuple[SetSpec, Iterable[Member]]]:
-    """Yield a clause's sets in one family: those that its rules may ever fill, so that peers can come."""
-    union = clause.unions[family]
-    if clause.everything:
-        return
-    if "peers" in clause.parts:
-        yield _spec(clause, "PEERS", "hash:ip", family), [(address,) for address in union.peers]
-    if "blocks" in clause.parts:
-        yield _spec(clause, "BLOCKS", "hash:net", family), [(one,) for block in union.blocks for one in prefixes(block)]
-    if "tuples" in clause.parts:
-        yield _spec(clause, "TUPLES", "hash:ip,port", family), map(_tuple, union.tuples)
-    if _net_rules(clause):
-        yield _spec(clause, "NETS", "hash:net,port", family), _nets(clause, family)
-    for ports, rules in _large_ranges(clause).items():
-        if not _is_for_everybody(rules):
-            yield _range_set(clause, ports, rules, family)
+    for matches, protocol, says in look_ups(clause, family):
+        yield _rule(target, *matches, protocol=protocol, says=says)
 
 
 def _rule(target: Target, *matches: Match, protocol: Protocol = "", says: str) -> Rule:
     return Rule(target, (Comment(shorten(says, COMMENT)), *matches), protocol)
-
-
-def _net_rules(clause: Clause) -> list[AllowRule]:
-    """Return the rules that let blocks, or anybody, in on single ports."""
-    return [
-        rule
-        for rule in clause.rules.values()
-        if not rule.every_port and (rule.everybody or rule.blocks) and any(map(is_single, clause.ports[rule.key]))
-    ]
-
-
-def _nets(clause: Clause, family: Family) -> Iterator[Member]:
-    for rule in _net_rules(clause):
-        networks = _networks(rule, family)
-        for protocol, first, last in filter(is_single, clause.ports[rule.key]):
-            for port in range(first, last + 1):
-                yield from ((network, _PROTOCOLS[protocol], port) for network in networks)
-
-
-def _networks(rule: AllowRule, family: Family) -> list[tuple[int, int]]:
-    """Return a rule's peers that are not pods."""
-    if rule.everybody:
-        return prefixes(Interval(family, 0, (1 << BITS[family]) - 1))
-    return [one for block in rule.blocks if block.family == family for one in prefixes(block)]
-
-
-def _large_ranges(clause: Clause) -> dict[PortRange, list[AllowRule]]:
-    """Return the ranges that are too large to be written port by port, sorted, and the rules that state each."""
-    found: dict[PortRange, list[AllowRule]] = {}
-    for rule in clause.rules.values():
-        for ports in () if rule.every_port else clause.ports[rule.key]:
-            if not is_single(ports):
-                found.setdefault(ports, []).append(rule)
-    return dict(sorted(found.items()))
-
-
-def _is_for_everybody(rules: list[AllowRule]) -> bool:
-    return any(rule.everybody for rule in rules)
-
-
-def _range_name(ports: PortRange) -> str:
-    return "R" + hashlib.sha256(repr(tuple(ports)).encode()).hexdigest()[:5].upper()
-
-
-def _range_set(clause: Clause, ports: PortRange, rules: list[AllowRule], family: Family) -> tuple[SetSpec, set[Member]]:
-    """Return who may use a large range of ports."""
-    pods: set[Member] = {((int(a), BITS[family]),) for rule in rules for a in rule.pods if a.version == family}
-    blocks: set[Member] = {(one,) for rule in rules for one in _networks(rule, family)}
-    return _spec(clause, _range_name(ports), "hash:net", family), pods | blocks
-
-
-def _tuple(one: Tuple) -> Member:
-    return (one.address, _PROTOCOLS[one.protocol], one.port)

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 
+import msgspec
 import pytest
 from immutables import Map
 from policy_kernels import KERNELS
 from service_node import ServiceNode, end_of, pod_ip
 
-from clusterstate.objects import LabelSelector, NetworkPolicy, Pod, PolicyPeer, PolicyPort, PolicyRule, Requirement
+from clusterstate.objects import (
+    ClusterNetworkPolicy,
+    ClusterPolicyRule,
+    LabelSelector,
+    NetworkPolicy,
+    Pod,
+    PolicyPeer,
+    PolicyPort,
+    PolicyRule,
+    Requirement,
+)
 from clusterstate.snapshot import Snapshot
 from kernelstate.linux import netns
 from kernelstate.linux.conntrack import Conntrack
@@ -31,6 +42,14 @@ def let_in(*names: str) -> Snapshot:
     subject = LabelSelector((Requirement("pod", "In", ("p1",)),))
     policy = NetworkPolicy("ns", "np", subject, ingress=(rule,))
     return Snapshot(pods=Map(PODS), policies=Map({("ns", "np"): policy}))
+
+
+def denied(name: str, cluster: Snapshot) -> Snapshot:
+    """Return the cluster with a ClusterNetworkPolicy that denies all that this pod sends to others."""
+    peer = PolicyPeer(LabelSelector((Requirement("pod", "In", (name,)),)), LabelSelector())
+    rule = ClusterPolicyRule((peer,), action="Deny")
+    policy = ClusterNetworkPolicy("cnp", "Admin", 0, PolicyPeer(LabelSelector(), LabelSelector()), ingress=(rule,))
+    return msgspec.structs.replace(cluster, cluster_policies=Map({"cnp": policy}))
 
 
 class Enforcer:
@@ -87,5 +106,8 @@ def test_cut_and_kept(rig, kernel, family):
             fresh.connect((pod_ip(1, family), 80))
         assert enforcer.take(let_in("p2", "p3")) == 0
         cut[0].sendall(b"again")
+        assert enforcer.take(denied("p3", let_in("p2", "p3"))) == 1, "a tier before the policy denies what it lets in"
+        kept[0].sendall(b"from the client")
+        assert end_of(kept[1], 0.4) == "silence"
     finally:
         enforcer.kernel.close()

@@ -207,9 +207,10 @@ def test_a_bad_object_keeps_its_last_good_version():
 
 def test_kinds_that_are_not_served():
     """An optional kind that the server does not have is taken for empty; any other is waited for, and the wait says for what."""
-    api = FakeApi(absent=("/apis/networking.k8s.io/v1/servicecidrs",))
+    of_cluster = "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies"
+    api = FakeApi(absent=("/apis/networking.k8s.io/v1/servicecidrs", of_cluster))
     api.put("/api/v1/nodes", node("n1"))
-    with following(api, resources("n1", services=True, all_nodes=False, policies=False)) as source:
+    with following(api, resources("n1", services=True, all_nodes=False, policies=True)) as source:
         assert set(source.load(SECONDS).snapshot.nodes) == {"n1"}
         assert ("/api/v1/nodes", "metadata.name=n1") in {(p, q.get("fieldSelector")) for p, q in api.asked}
     api = FakeApi(absent=(SERVICES,))
