@@ -81,7 +81,7 @@ class PolicyCompiler:
         pods, namespaces, policies = _changed(before, snapshot, changed)
         pods |= {name for name in {*before.pods, *snapshot.pods} if name[0] in namespaces} if namespaces else set()
         for name in pods:
-            self._selections.move(name, _live(snapshot.pods.get(name)), snapshot.namespaces)
+            self._selections.move(name, live(snapshot.pods.get(name)), snapshot.namespaces)
         stale = {name for name in policies if name in self.rules}
         touched = self._targets.move(snapshot, pods, policies, self._here, self._selections.names)
         touched |= {name for name in pods if name in self.pods}
@@ -117,7 +117,7 @@ class PolicyCompiler:
         self.rules[name] = tuple(after)
 
     def _here(self, name: Name) -> Pod | None:
-        pod = _live(self._snapshot.pods.get(name))
+        pod = live(self._snapshot.pods.get(name))
         return pod if pod is not None and self.node in (None, pod.node) else None
 
     # -- what stands in the table --------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def _range(port: PolicyPort) -> PortRange:
     return PortRange(port.protocol, port.port, port.end_port or port.port)
 
 
-def _live(pod: Pod | None) -> Pod | None:
+def live(pod: Pod | None) -> Pod | None:
     """Return a pod that has addresses of its own now, else None."""
     ended = pod is None or pod.phase in ("Succeeded", "Failed")
     return None if ended or pod.host_network or not pod.ips else pod  # type: ignore[union-attr]

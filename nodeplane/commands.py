@@ -34,6 +34,7 @@ def add_commands(subparsers: Subparsers) -> None:
     """Add every command."""
     _add_render(subparsers)
     _add_explain(subparsers)
+    _add_policy(subparsers)
     _add_agent(subparsers)
     _add_status(subparsers)
     _add_drops(subparsers)
@@ -93,6 +94,25 @@ def _add_explain(subparsers: Subparsers) -> None:
     parser.add_argument("--flows", type=Path, metavar="FILE", help="many flows: a JSON list")
     parser.add_argument("-o", "--output", choices=["text", "json"], default="text")
     parser.set_defaults(run=lazy("nodeplane.explain"))
+
+
+def _add_policy(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("policy", help="what policies do: `policy impact`")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    parser = verbs.add_parser("impact", help="which connections a change would open or close; exit 1 if any; no root")
+    parser.add_argument(
+        "-f",
+        "--file",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        required=True,
+        help="objects that change; - is standard input",
+    )
+    parser.add_argument("--delete", action="store_true", help="they would be deleted instead")
+    _objects(parser)
+    parser.add_argument("-o", "--output", choices=["text", "json"], default="text")
+    parser.set_defaults(run=lazy("nodeplane.policy_command"))
 
 
 def _add_agent(subparsers: Subparsers) -> None:
