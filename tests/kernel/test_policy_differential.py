@@ -21,7 +21,7 @@ from netpolicy.oracle import Flow, Oracle
 
 pytestmark = pytest.mark.kernel
 
-EXAMPLES = 50 if os.environ.get("EXPLORE") else 30
+EXAMPLES = 50 if os.environ.get("EXPLORE") else 24
 
 
 class Sent(NamedTuple):

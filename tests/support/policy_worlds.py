@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from ipaddress import ip_address, ip_network
+from random import Random
 from typing import Protocol
 
 import msgspec
@@ -30,7 +31,7 @@ from clusterstate.objects import (
 from clusterstate.snapshot import Snapshot
 from kernelstate.simulate import Packet, Path
 from netpolicy.oracle import Flow, Oracle
-from netpolicy.table import PolicyTable
+from netpolicy.table import DIRECTIONS, PolicyTable
 
 NODES = ("n1", "n2")
 NAMESPACES = ("a", "b")
@@ -165,11 +166,11 @@ def pods(draw, name: str) -> Pod:
 
 
 @st.composite
-def clusters(draw) -> Snapshot:
-    """Draw up to six pods, some of them finished, without address, or claiming one address; up to four policies, and three for all."""
+def drawn_clusters(draw) -> Snapshot:
+    """Draw up to six pods, some of them finished, without address, or claiming one address; up to four policies, and two for all."""
     made_pods = [draw(pods(f"p{i}")) for i in range(draw(st.integers(2, 6)))]
     made_policies = [draw(policies(f"q{i}")) for i in range(draw(st.integers(0, 4)))]
-    made_for_all = [draw(cluster_policies(f"c{i}")) for i in range(draw(st.sampled_from([0, 0, 1, 2, 3])))]
+    made_for_all = [draw(cluster_policies(f"c{i}")) for i in range(draw(st.sampled_from([0, 0, 1, 2])))]
     spaces = [Namespace(name, draw(labels).set("kubernetes.io/metadata.name", name)) for name in NAMESPACES]
     return Snapshot(
         pods=Map({(p.namespace, p.name): p for p in made_pods}),
@@ -177,6 +178,64 @@ def clusters(draw) -> Snapshot:
         cluster_policies=Map({p.name: p for p in made_for_all}),
         namespaces=Map({s.name: s for s in draw(st.sampled_from([spaces, spaces, spaces[:1]]))}),
     )
+
+
+ANY = LabelSelector()
+CROSSED_PORTS = (
+    (),
+    (),
+    (PolicyPort("TCP", 80),),
+    (PolicyPort("UDP"),),
+    (PolicyPort("TCP", 80, 443),),
+    (PolicyPort("TCP", "http"),),
+)
+
+
+def crossed(seed: int) -> Snapshot:
+    """Return five pods with addresses of their own, and policies of both kinds about nearly all of them that contradict one another.
+
+    Made of a seed, because drawn value by value so many rules would hardly ever all be drawn; what fails is not made smaller.
+    """
+    pick = Random(seed)
+
+    def some() -> LabelSelector:
+        return LabelSelector((Requirement(pick.choice(KEYS), pick.choice(("Exists", "DoesNotExist"))),))
+
+    def pod(i: int) -> Pod:
+        ips = [f"10.244.1.{i}", *([f"fd00:244::{i}"] if pick.random() < 0.7 else [])]
+        marks = Map({key: VALUES[0] for key in KEYS if pick.random() < 0.5})
+        http = (ContainerPort("http", "TCP", pick.choice(NUMBERS)),) if pick.random() < 0.5 else ()
+        return Pod("a", f"p{i}", pick.choice(("n1", "n1", "n1", "n2")), tuple(map(ip_address, ips)), labels=marks, ports=http)
+
+    def policy(i: int) -> NetworkPolicy:
+        ways = [
+            [PolicyRule((PolicyPeer(some()),), pick.choice(CROSSED_PORTS)) for _ in range(pick.choice((0, 1, 2)))]
+            for _ in DIRECTIONS
+        ]
+        return NetworkPolicy(
+            "a", f"q{i}", pick.choice((ANY, some())), *pick.choice(((True, False), (True, True))), *map(tuple, ways)
+        )
+
+    def for_all(i: int) -> ClusterNetworkPolicy:
+        ways = []
+        for _ in DIRECTIONS:
+            actions = [pick.choice(("Accept", "Deny", "Pass")) for _ in range(pick.choice((1, 2, 3, 4)))]
+            stated = [ClusterPolicyRule((PolicyPeer(some(), ANY),), pick.choice(CROSSED_PORTS), action) for action in actions]
+            ways.append((*stated, *([ClusterPolicyRule(action="Deny")] if pick.random() < 0.15 else [])))
+        tier, priority = pick.choice(("Admin", "Admin", "Baseline")), pick.choice((0, 5))
+        return ClusterNetworkPolicy(f"c{i}", tier, priority, PolicyPeer(pick.choice((ANY, ANY, some())), ANY), *ways)
+
+    return Snapshot(
+        pods=Map({("a", one.name): one for one in map(pod, range(1, 6))}),
+        policies=Map({("a", one.name): one for one in map(policy, range(pick.choice((0, 1, 2))))}),
+        cluster_policies=Map({one.name: one for one in map(for_all, range(pick.choice((1, 2, 3))))}),
+        namespaces=Map({"a": Namespace("a", Map({"kubernetes.io/metadata.name": "a"}))}),
+    )
+
+
+def clusters() -> st.SearchStrategy[Snapshot]:
+    """Draw clusters of both sorts: of everything a little, and of policies that contradict one another."""
+    return drawn_clusters() | st.integers(0, 2**32).map(crossed)
 
 
 @st.composite

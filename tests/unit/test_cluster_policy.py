@@ -12,9 +12,10 @@ from immutables import Map
 from clusterstate.objects import ContainerPort, Namespace, Pod
 from clusterstate.parse import parse_object
 from clusterstate.snapshot import Snapshot, edited
-from netpolicy.compile import compile_policies
+from netpolicy.compile import PolicyChange, PolicyCompiler, compile_policies
 from netpolicy.oracle import Flow, Oracle
-from netpolicy.render.nftables import render_policies
+from netpolicy.render.iptables import IptablesPolicyProgram
+from netpolicy.render.nftables import NftablesPolicyProgram, render_policies
 from nodeplane.agent import policy_counts
 from nodeplane.status import Status, status_lines
 
@@ -276,6 +277,34 @@ def test_groups_share_clauses():
     table = render_policies(compile_policies(cluster({"x": DENY_B}, ISOLATE), None))[4]
     assert len({verdict.chain for verdict in table.elements["ingress"].values()}) == 2
     assert len([name for name in table.sets if name.endswith("-peers")]) == 1
+
+
+STAGES = [
+    ({"x": PASS_WEB}, ISOLATE),
+    ({"x": DENY_ALL}, ISOLATE),
+    ({"x": f"{{ingress: [{OTHER}, {ONE}, {OTHER}]}}"}, ISOLATE),
+    ({"x": f"{{ingress: [{OTHER}, {ONE}]}}"}, ISOLATE),
+    ({"x": f"{{priority: 20, ingress: [{OTHER}, {ONE}]}}", "y": DENY_ALL}, ISOLATE),
+    ({"x": f"{{priority: 5, ingress: [{OTHER}, {ONE}]}}", "y": DENY_ALL}, None),
+    ({"x": f"{{tier: Baseline, ingress: [{OTHER}, {ONE}]}}"}, None),
+    ({}, None),
+]
+
+
+@pytest.mark.parametrize("program", [NftablesPolicyProgram, IptablesPolicyProgram])
+def test_stage_by_stage(program):
+    """A rule that made no difference does when it changes; what is asked twice goes when nobody asks it; order and tier may change."""
+    compiler, moved, before = PolicyCompiler("n1"), program(), Snapshot()
+    for stated, policy in [*STAGES, *reversed(STAGES)]:
+        after = cluster(stated, policy)
+        refs = frozenset(one.ref for one in {*before.objects()} ^ {*after.objects()})
+        change = compiler.update(after, refs)
+        moved.update(compiler.table, change)
+        full, table = program(), compile_policies(after, "n1")
+        full.update(table, PolicyChange(dict.fromkeys(table.pods), dict.fromkeys(table.rules), {}))
+        for part in {"tables", "chains", "sets"} & vars(full).keys():
+            assert getattr(moved, part) == getattr(full, part)
+        before = after
 
 
 def test_status_counts_both_kinds():
