@@ -1,1 +1,1 @@
-"""NetworkPolicy: from selectors to who may talk to whom, seen from one node."""
+"""NetworkPolicy and ClusterNetworkPolicy: from selectors to who may talk to whom, seen from one node."""

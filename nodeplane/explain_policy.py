@@ -1,4 +1,4 @@
-"""What NetworkPolicies say of a connection, asked of both judges: the oracle by the policy table, the simulator by what is written.
+"""What policies say of a connection, asked of both judges: the oracle by the policy table, the simulator by what is written.
 
 Judged are this node's view and, where the other pod is among the objects, that of its node: the table of the whole cluster. Behind
 a Service each endpoint is judged by its own address and port; with several, the answer is the strictest, for any may be drawn.
