@@ -40,10 +40,12 @@ from kernelstate.objects.netfilter import (
     Dnat,
     FromBridgePort,
     Jump,
+    Limit,
     Mark,
     Masquerade,
     Match,
     NfAcct,
+    Nflog,
     OpensNoConnection,
     OtherMatch,
     OtherTarget,
@@ -304,6 +306,8 @@ class Simulator:
             case SetXmark(value, mask):
                 mark = (state.mark & ~mask & 0xFFFFFFFF) ^ value
                 yield "pass", after(f"mark becomes 0x{mark:x}", mark=mark)
+            case Nflog(group=group):
+                yield "pass", after(f"logged to group {group}")
             case OtherTarget(words):
                 yield "pass", after(f"{words[0]} is not simulated")
             case _:
@@ -366,7 +370,7 @@ class Simulator:
                 return negated
             case OpensNoConnection():
                 return False  # a packet here is the first of its flow
-            case Statistic() | OtherMatch():  # the first is a chance, not a condition; the second cannot be judged
+            case Statistic() | Limit() | OtherMatch():  # chances, not conditions; the last cannot be judged
                 return False
             case _:
                 assert_never(match)

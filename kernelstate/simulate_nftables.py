@@ -50,6 +50,7 @@ from kernelstate.objects.nftables import (
     JumpTo,
     Key,
     KeyPart,
+    LogSome,
     MarkIs,
     MasqueradeFully,
     Match,
@@ -185,6 +186,8 @@ class NftablesSimulator(Simulator):
                 yield "accept", _translated(what, state, address, port)
             case Remember(_, name):
                 yield "pass", _told(what, state, f"remembered in {name}")
+            case LogSome(group=group):
+                yield "pass", _told(what, state, f"logged to group {group}, now and then")
             case MasqueradeFully():
                 yield "accept", _replace(_told(what, state, "source becomes this node's address"), masquerade=True)
             case Refuse():

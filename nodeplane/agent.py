@@ -24,6 +24,7 @@ import msgspec
 from clusterstate.objects import Node
 from clusterstate.snapshot import Name, Update
 from netpolicy.table import PolicyTable, is_of_cluster
+from nodeplane.denied import DeniedLogger
 from nodeplane.flows import FlowKeeper
 from nodeplane.kernel import NodeKernel
 from nodeplane.pipeline import Desired, HostFacts, Pipeline
@@ -96,6 +97,7 @@ class Agent:
         policy_flows: PolicyFlows | None = None,
         health: HealthPort | None = None,
         gate: PodGate | None = None,
+        denied: DeniedLogger | None = None,
         publish: Callable[[Status], None],
         alive: Callable[[], None] = lambda: None,
         status: Status,
@@ -103,7 +105,7 @@ class Agent:
     ) -> None:
         self.pipeline, self.source, self.host = pipeline, source, host
         self.kernel, self.flows, self.policy_flows, self.health = kernel, flows, policy_flows, health
-        self.gate = gate
+        self.gate, self.denied = gate, denied
         self.publish, self.status, self.alive = publish, status, alive
         self.watched = tuple(watched)
         """Descriptors that become readable when a reconciler may have drifted."""
@@ -132,6 +134,8 @@ class Agent:
         """Compile and render an update and hand the result to the reconcilers; writes nothing yet."""
         if self.gate is not None:
             update = self.gate.amend(update)
+        if self.denied is not None:
+            self.denied.learn(update.snapshot)
         before, self._update = self.desired, update
         self.desired = desired = self.pipeline.update(update, self._facts)
         if self.flows is not None:
@@ -306,6 +310,7 @@ class Agent:
             elements=desired.services.elements,
             servers=len(desired.services.servers),
             **policy_counts(desired.policies),
+            policy_pods=_policy_pods(desired) if self.pipeline.config.policy else {},
             families=desired.families,
             finished=tuple(link.name for link in desired.links.links if link.tx_checksum is False) if desired.links else (),
             peers=_peers(desired),
@@ -328,6 +333,11 @@ def policy_counts(table: PolicyTable | None) -> dict[str, int]:
         "cluster_policies": sum(1 for name, rules in table.rules.items() if rules and is_of_cluster(name)),
         "governed": sum(1 for pod in table.pods.values() if pod.is_governed),
     }
+
+
+def _policy_pods(desired: Desired) -> dict[str, str]:
+    pods = desired.policies.pods.values() if desired.policies is not None else ()
+    return {str(address): "/".join(pod.pod) for pod in pods for address in pod.addresses}
 
 
 def _peers(desired: Desired) -> tuple[PeerStatus, ...]:

@@ -24,6 +24,7 @@ import msgspec
 import yaml
 
 from kernelstate.objects.address import Prefix
+from netpolicy.render.denied import DeniedLog
 from nodeplane.config_fields import ConfigError, Strict, decode_section, prefix_at, seconds_at
 from nodeplane.config_overlay import OverlayOptions, read_overlay
 from proxy.modes import TRAITS
@@ -179,6 +180,8 @@ class NodeConfig(msgspec.Struct, frozen=True):
     overlay: OverlayOptions | None = None
     policy: str = ""
     """Through what NetworkPolicies are enforced, whatever the mode of Services is; empty: they are not."""
+    policy_log: DeniedLog | None = None
+    """How often a packet that policies deny is logged; None: never."""
     iptables_variant: Literal["auto", "legacy", "nft"] = "auto"
     kubeconfig: str = ""
     """The file that says how to reach the API server, where the command line does not."""
@@ -241,6 +244,7 @@ def _build(raw: Mapping[str, Any], section: ServicesSection, at: str, node_name:
     overlay = raw.get("overlay")
     overlay_options = read_overlay(overlay) if overlay is not None else None
     options = decode_section(raw.get("serviceOptions") or {}, ServiceOptions, "serviceOptions")
+    policy, policy_log = _policy(raw.get("policy") or {}, mode, f"{at}mode")
     return NodeConfig(
         node_name=name.lower(),
         services=None if raw.get("services", {}) is False else _proxy_settings(section, options, mode, at),
@@ -248,7 +252,8 @@ def _build(raw: Mapping[str, Any], section: ServicesSection, at: str, node_name:
         min_sync_period=minimum,
         sync_period=sync,
         overlay=overlay_options,
-        policy=_policy(raw.get("policy") or {}, mode, f"{at}mode"),
+        policy=policy,
+        policy_log=policy_log,
         iptables_variant=variant,
         kubeconfig=section.client_connection.kubeconfig,
         notes=_notes(section, at) + (overlay_options.notes if overlay_options else ()),
@@ -347,21 +352,28 @@ class PolicySection(Strict, frozen=True):
 
     enabled: bool = False
     mode: str = "nftables"
+    log_denied: bool = False
+    log_per_second: int = DeniedLog().per_second
 
 
+MOST_LOGGED = 1000
+"""Lines a second; one is some tens of microseconds of the agent's time."""
 POLICY_MODES = ("nftables", "iptables")
 """Through what policies can be enforced."""
 
 
-def _policy(raw: object, mode: str, at: str) -> str:
-    """Return through what NetworkPolicies are enforced, empty if they are not; ``mode`` is that of Services."""
+def _policy(raw: object, mode: str, at: str) -> tuple[str, DeniedLog | None]:
+    """Return through what NetworkPolicies are enforced, empty if they are not, and what is logged; ``mode`` is that of Services."""
     section = decode_section(raw, PolicySection, "policy")
     if section.mode not in POLICY_MODES:
         raise ConfigError(f"policy.mode: must be {' or '.join(POLICY_MODES)}, is {section.mode!r}")
     if section.enabled and section.mode == "iptables" and mode == "ipvs":
         # A packet to a virtual server passes INPUT with the Service's address; iptables has no hook for it behind IPVS.
         raise ConfigError(f"policy.mode: iptables cannot judge what {at} ipvs sends to Services; nftables can")
-    return section.mode if section.enabled else ""
+    if not 1 <= section.log_per_second <= MOST_LOGGED:
+        raise ConfigError(f"policy.logPerSecond: must be between 1 and {MOST_LOGGED}, is {section.log_per_second}")
+    log = DeniedLog(section.log_per_second, 2 * section.log_per_second) if section.log_denied else None
+    return (section.mode, log) if section.enabled else ("", None)
 
 
 def _mode(stated: str, at: str) -> str:

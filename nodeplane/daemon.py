@@ -26,6 +26,7 @@ from nodeplane.cluster_source import ClusterSource, open_source
 from nodeplane.commands import Failed, Usage
 from nodeplane.config import NodeConfig, load_config
 from nodeplane.config_fields import ConfigError
+from nodeplane.denied import DeniedLogger
 from nodeplane.flows import FlowKeeper
 from nodeplane.health import HealthServers
 from nodeplane.host import LinuxHost
@@ -94,6 +95,8 @@ def _follow(config: NodeConfig, source: ClusterSource, first: Update, args: argp
             agent.run(lambda: bool(caught), wake_read)
     finally:
         notifier.stopping()
+        if agent.denied is not None:
+            agent.denied.stop()
         if keeper is not None:
             keeper.stop()
 
@@ -153,6 +156,7 @@ def build_agent(
         iptables_variant=variant,
         iptables_reason=reason,
         started=time.time(),
+        policy=config.policy,
         overlay=overlay.net_conf.backend.type if overlay else "",
         engine=host.engine.engine if host.engine else "",
         engine_reason=host.engine.reason if host.engine else "",
@@ -171,6 +175,12 @@ def build_agent(
         watched=host.watched,
     )
     agent.health = HealthServers(agent.is_healthy)
+    if config.policy_log is not None:
+        try:
+            agent.denied = DeniedLogger()
+            agent.denied.start()
+        except KernelStateError as error:  # another agent's, or ulogd's: policies are enforced all the same
+            log.warning("policy.logDenied: denied packets are not logged: %s", error)
     if config.policy:
         agent.gate = PodGate(config.node_name)
         try:

@@ -177,11 +177,11 @@ def policy_sets() -> IpsetReconciler:
     """Return what keeps the sets that policies in iptables ask. Raises MissingFeatureError."""
     from kernelstate.linux.ipset import LinuxIpset, has_ipset  # noqa: PLC0415
     from kernelstate.reconcile_sets import IpsetReconciler  # noqa: PLC0415
-    from netpolicy.render.iptables import ISOLATED, PREFIXES  # noqa: PLC0415
+    from netpolicy.render.iptables import DENIED, ISOLATED, PREFIXES  # noqa: PLC0415
 
     if not has_ipset():
         raise MissingFeatureError(Feature.IPSET)
-    return IpsetReconciler(LinuxIpset(), Ownership(prefixes=(ISOLATED, *PREFIXES)), "policies")
+    return IpsetReconciler(LinuxIpset(), Ownership(prefixes=(ISOLATED, *DENIED.values(), *PREFIXES)), "policies")
 
 
 def _leftovers_of_sets() -> list[Reconciler]:

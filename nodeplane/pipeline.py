@@ -157,7 +157,7 @@ class Pipeline:
         self._links: LinkState | None = None
         self._tunnel: TunnelState | None = None
         self.policies = PolicyCompiler(config.node_name) if config.policy else None
-        self._policy_program = POLICY_PROGRAMS[config.policy]() if config.policy else None
+        self._policy_program = POLICY_PROGRAMS[config.policy](config.policy_log) if config.policy else None
         self._started = False
 
     def update(self, update: Update, facts: HostFacts) -> Desired:

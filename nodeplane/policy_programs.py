@@ -20,6 +20,7 @@ from kernelstate.objects.netfilter import Anchor, ChainKey, Rule
 from kernelstate.objects.nftables import Table, TableChange
 from kernelstate.objects.sets import IpSets
 from netpolicy.compile import PolicyChange
+from netpolicy.render.denied import DeniedLog
 from netpolicy.table import PolicyTable
 
 
@@ -58,10 +59,10 @@ class PolicyProgram(Protocol):
 class NftablesPolicies:
     """Policy mode ``nftables``."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: DeniedLog | None) -> None:
         from netpolicy.render.nftables import NftablesPolicyProgram  # noqa: PLC0415 (only where the mode asks for it)
 
-        self._program = NftablesPolicyProgram()
+        self._program = NftablesPolicyProgram(log)
 
     @property
     def state(self) -> PolicyState:
@@ -76,10 +77,10 @@ class NftablesPolicies:
 class IptablesPolicies:
     """Policy mode ``iptables``."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: DeniedLog | None) -> None:
         from netpolicy.render.iptables import IptablesPolicyProgram  # noqa: PLC0415 (only where the mode asks for it)
 
-        self._program = IptablesPolicyProgram()
+        self._program = IptablesPolicyProgram(log)
 
     @property
     def state(self) -> PolicyState:
@@ -91,5 +92,8 @@ class IptablesPolicies:
         return PolicyUpdate(meaning, *self._program.update(table, meaning))
 
 
-POLICY_PROGRAMS: dict[str, Callable[[], PolicyProgram]] = {"iptables": IptablesPolicies, "nftables": NftablesPolicies}
+POLICY_PROGRAMS: dict[str, Callable[[DeniedLog | None], PolicyProgram]] = {
+    "iptables": IptablesPolicies,
+    "nftables": NftablesPolicies,
+}
 """The program of each policy mode."""

@@ -74,6 +74,10 @@ class Status(msgspec.Struct, frozen=True):
     """ClusterNetworkPolicies with a rule for a pod of this node."""
     governed: int = 0
     """Pods of this node that they have rules for."""
+    policy: str = ""
+    """Through what policies are enforced; empty: they are not."""
+    policy_pods: dict[str, str] = {}
+    """``namespace/name`` of the pods here that policies are about, by address."""
     families: tuple[int, ...] = ()
     overlay: str = ""
     engine: str = ""

@@ -39,7 +39,9 @@ PROTOCOL_VERSION = 6
 """Understood by every kernel that has hash types with ports; 7 adds only commands that are not used here."""
 PROTOCOL, SETNAME, TYPENAME, REVISION, SET_FAMILY, FLAGS, DATA, ADT, LINENO = range(1, 10)
 IP, CIDR, PORT, PORT_TO, PROTO, IP2, CIDR2 = 1, 3, 4, 5, 7, 20, 21
-HASHSIZE, MAXELEM, ELEMENTS, REFERENCES = 18, 19, 24, 25
+CADT_FLAGS, HASHSIZE, MAXELEM, ELEMENTS, REFERENCES = 8, 18, 19, 24, 25
+MEMBER_BYTES, MEMBER_PACKETS = 24, 25
+WITH_COUNTERS = 1 << 3
 LIST_HEADER = 4
 NET_ORDER, NESTED = 0x4000, 0x8000
 HASH_SIZE = 1024
@@ -91,6 +93,18 @@ class LinuxIpset:
                     found += (read(data, attributes(data, *entry)) for entry in _entries(data, *span))
         return frozenset(found)
 
+    def counts(self, spec: SetSpec) -> dict[Member, int]:
+        """Return how many packets each member of a set with counters has counted. Raises KernelRefusedError."""
+        found: dict[Member, int] = {}
+        read = _reader(spec)
+        with NfNetlink() as netlink:
+            for data, start, end in netlink.dump("list ipset", LIST, socket.AF_INET, _VERSION + _name(SETNAME, spec.name)):
+                span = attributes(data, start, end).get(ADT)
+                for entry in _entries(data, *span) if span is not None else ():
+                    parts = attributes(data, *entry)
+                    found[read(data, parts)] = _number(data, parts[MEMBER_PACKETS]) if MEMBER_PACKETS in parts else 0
+        return found
+
     def apply(self, changes: Sequence[SetChange]) -> str:
         """Do each, in order, until one is refused; return that one and the kernel's words, empty if all are done."""
         with NfNetlink() as netlink:
@@ -124,6 +138,8 @@ class LinuxIpset:
             data = _u16(PORT, 0) + _u16(PORT_TO, BITMAP_PORTS - 1)
         else:
             data = _u32(HASHSIZE, HASH_SIZE) + _u32(MAXELEM, room)
+        if spec.counters:
+            data += _u32(CADT_FLAGS, WITH_COUNTERS)
         family = socket.AF_UNSPEC if spec.type == "bitmap:port" else AF[spec.family]
         return (
             _VERSION
@@ -272,7 +288,8 @@ def _header(data: bytes, found: _Found) -> SetHeader | None:
     room = _number(data, detail[MAXELEM]) if MAXELEM in detail else BITMAP_PORTS
     if kind == "bitmap:port":
         room = _number(data, detail[PORT_TO]) - _number(data, detail[PORT]) + 1
-    spec = SetSpec(_text(data, found[SETNAME]), _TYPES[kind], 6 if family == 6 else 4)
+    counters = CADT_FLAGS in detail and bool(_number(data, detail[CADT_FLAGS]) & WITH_COUNTERS)
+    spec = SetSpec(_text(data, found[SETNAME]), _TYPES[kind], 6 if family == 6 else 4, counters)
     elements = _number(data, detail[ELEMENTS]) if ELEMENTS in detail else -1
     return SetHeader(spec, room, elements, _number(data, detail[REFERENCES]))
 

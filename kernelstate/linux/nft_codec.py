@@ -29,6 +29,7 @@ TABLE = 1  # NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, NFTA_SET_TABLE,
 RULE_CHAIN, RULE_EXPRESSIONS, RULE_USERDATA = 2, 4, 7
 ELEM_LIST_SET, ELEM_LIST_ELEMENTS, LIST_ELEM = 2, 3, 1
 ELEM_KEY, ELEM_DATA, ELEM_FLAGS, ELEM_KEY_END = 1, 2, 3, 10
+ELEM_EXPRESSION, EXPRESSION_DATA, COUNTER_PACKETS = 7, 2, 2
 DATA_VALUE, DATA_VERDICT, VERDICT_CODE, VERDICT_CHAIN = 1, 2, 1, 2
 INTERVAL_END = 1
 GOTO, JUMP, ACCEPT, DROP = -4, -3, 1, 0
@@ -75,6 +76,15 @@ class ElementCodec:
             return
         for data, start, end in _elements(messages):
             yield self._element(data, start, end)
+
+    def counted(self, messages: Iterable[tuple[bytes, int, int]]) -> Iterator[tuple[ElementKey, int]]:
+        """Yield the elements of a dump of a set that counts, with the packets each has counted."""
+        for data, start, end in _elements(messages):
+            found = attributes(data, start, end)
+            key = self._parts(data, found[ELEM_KEY][0] + 4)
+            expression = attributes(data, *found[ELEM_EXPRESSION]) if ELEM_EXPRESSION in found else {}
+            counter = attributes(data, *expression[EXPRESSION_DATA]) if EXPRESSION_DATA in expression else {}
+            yield key, int.from_bytes(data[slice(*counter[COUNTER_PACKETS])], "big") if COUNTER_PACKETS in counter else 0
 
     def _element(self, data: bytes, start: int, end: int) -> tuple[ElementKey, Data]:
         body = start + 8 + self._key.size + (-self._key.size % 4)

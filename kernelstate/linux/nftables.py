@@ -145,6 +145,14 @@ class NftablesPort:
         """Return what packets have put into a dynamic set and what has not timed out."""
         return dict(self._dump(key, named))
 
+    def counts(self, key: TableKey, named: NamedSet) -> dict[ElementKey, int]:
+        """Return how many packets each element of a set that counts has counted; empty where there is no such set."""
+        payload = attribute(codec.TABLE, codec.text(key.name)) + attribute(codec.ELEM_LIST_SET, codec.text(named.name))
+        if not self._exists(key):
+            return {}
+        dump = self._netlink.dump(f"list elements of {named.name}", codec.GETSETELEM, PROTOCOL_FAMILY[key.family], payload)
+        return dict(codec.ElementCodec(key.family, named).counted(dump))
+
     def _exists(self, key: TableKey) -> bool:
         name = codec.text(key.name)
         dump = self._netlink.dump("list nftables tables", codec.GETTABLE, PROTOCOL_FAMILY[key.family])

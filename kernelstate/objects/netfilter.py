@@ -113,6 +113,13 @@ class NfAcct(msgspec.Struct, frozen=True, gc=False):
     name: str
 
 
+class Limit(msgspec.Struct, frozen=True, gc=False):
+    """``-m limit --limit N/sec --limit-burst M``: as many packets and no more."""
+
+    per_second: int
+    burst: int
+
+
 class SetMatch(msgspec.Struct, frozen=True, gc=False):
     """``-m set [!] --match-set N dst,dst``: each dimension of the set is taken from the packet's source or destination."""
 
@@ -142,6 +149,7 @@ Match: TypeAlias = (
     | AddrType
     | Statistic
     | Recent
+    | Limit
     | NfAcct
     | SetMatch
     | FromBridgePort
@@ -193,13 +201,21 @@ class SetXmark(msgspec.Struct, frozen=True, gc=False):
     mask: int
 
 
+class Nflog(msgspec.Struct, frozen=True, gc=False):
+    """``-j NFLOG --nflog-prefix P --nflog-group G --nflog-size S``: hand a copy to whoever listens to the group, and go on."""
+
+    prefix: str
+    group: int
+    size: int
+
+
 class OtherTarget(msgspec.Struct, frozen=True, gc=False):
     """A target of a rule that is not ours: its words after ``-j``."""
 
     words: tuple[str, ...]
 
 
-Target: TypeAlias = Verdict | Jump | Reject | Dnat | Masquerade | SetXmark | OtherTarget
+Target: TypeAlias = Verdict | Jump | Reject | Dnat | Masquerade | SetXmark | Nflog | OtherTarget
 
 
 class Rule(msgspec.Struct, frozen=True, gc=False):

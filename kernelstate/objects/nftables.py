@@ -100,6 +100,8 @@ class NamedSet(msgspec.Struct, frozen=True):
     timeout: int = 0
     size: int = 0
     comment: str = ""
+    counter: bool = False
+    """Whether each element counts the packets that ask for it."""
 
 
 # -- matches ---------------------------------------------------------------------------------------------------------
@@ -243,6 +245,15 @@ class Remember(msgspec.Struct, frozen=True, gc=False):
     data: Key = ()
 
 
+class LogSome(msgspec.Struct, frozen=True, gc=False):
+    """``limit rate N/second burst M packets log prefix "P" group G``: hand a copy of some packets to whoever listens to the group."""
+
+    per_second: int
+    burst: int
+    prefix: str
+    group: int
+
+
 class MasqueradeFully(msgspec.Struct, frozen=True, gc=False):
     """``masquerade`` or ``masquerade fully-random``."""
 
@@ -274,6 +285,7 @@ Statement: TypeAlias = (
     | DnatByMap
     | DnatTo
     | Remember
+    | LogSome
     | MasqueradeFully
     | Refuse
     | DropPacket

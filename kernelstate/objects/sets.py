@@ -29,6 +29,8 @@ class SetSpec(NamedTuple):
     name: str
     type: SetType
     family: Family = 4
+    counters: bool = False
+    """Whether each member counts the packets of rules that it fits."""
 
 
 class IpSet(msgspec.Struct, frozen=True):

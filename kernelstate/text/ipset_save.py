@@ -40,7 +40,10 @@ def print_create(spec: SetSpec, members: int) -> str:
     """Print the line that makes a set with room for so many members, without its end of line."""
     if spec.type == "bitmap:port":
         return f"create {spec.name} bitmap:port range 0-65535"
-    return f"create {spec.name} {spec.type} family {_INET[spec.family]} hashsize 1024 maxelem {room_for(spec, members)}"
+    counters = " counters" if spec.counters else ""
+    return (
+        f"create {spec.name} {spec.type} family {_INET[spec.family]} hashsize 1024 maxelem {room_for(spec, members)}{counters}"
+    )
 
 
 def sorted_members(spec: SetSpec, members: Iterable[Member]) -> list[str]:
@@ -89,7 +92,7 @@ def _read_spec(name: str, kind: str, options: list[str]) -> SetSpec:
     if kind not in get_args(SetType):
         raise ValueError(kind)
     family: Family = 6 if "inet6" in options else 4
-    return SetSpec(name, cast("SetType", kind), family)
+    return SetSpec(name, cast("SetType", kind), family, "counters" in options)
 
 
 def _read_member(spec: SetSpec, text: str) -> Member:

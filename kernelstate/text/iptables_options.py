@@ -19,10 +19,12 @@ from kernelstate.objects.netfilter import (
     Dnat,
     FromBridgePort,
     Jump,
+    Limit,
     Mark,
     Masquerade,
     Match,
     NfAcct,
+    Nflog,
     OpensNoConnection,
     OtherMatch,
     OtherTarget,
@@ -47,6 +49,8 @@ EXTENSION_TARGETS = frozenset({
 # fmt: on
 """Targets we only carry; any other bare name behind ``-j`` is a chain."""
 
+DEFAULT_BURST = 5
+"""Of -m limit, which iptables-save does not print."""
 _VERDICTS: dict[str, Verdict] = {verdict.value: verdict for verdict in Verdict}
 _DEFAULT_REJECT = {4: "icmp-port-unreachable", 6: "icmp6-port-unreachable"}
 _FULL_MASK = {4: "255.255.255.255", 6: "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"}
@@ -79,6 +83,8 @@ def _read_match(name: str, options: Words, family: Family) -> Match | None:
             return _recent(options, family)
         case "nfacct":
             return _nfacct(options)
+        case "limit":
+            return _limit(options)
         case "set":
             return _set(options)
         case "physdev":
@@ -206,6 +212,13 @@ def _nfacct(options: Words) -> Match | None:
     return NfAcct(pairs["--nfacct-name"]) if len(pairs) == 1 else None
 
 
+def _limit(options: Words) -> Match | None:
+    pairs = _pairs(options)
+    number, _, unit = pairs.pop("--limit").partition("/")
+    burst = int(pairs.pop("--limit-burst", str(DEFAULT_BURST)))
+    return None if pairs or unit != "sec" else Limit(int(number), burst)
+
+
 def read_target(words: Words, family: Family) -> Target:
     """Read the words behind ``-j``, the name first."""
     name, options = words[0], words[1:]
@@ -222,6 +235,8 @@ def read_target(words: Words, family: Family) -> Target:
             target = Reject("" if kind == _DEFAULT_REJECT[family] else kind)
         elif name == "MARK":
             target = _set_xmark(options)
+        elif name == "NFLOG":
+            target = _nflog(options)
         elif not options and name not in EXTENSION_TARGETS:
             target = Jump(name)
     except ValueError:
@@ -242,6 +257,13 @@ def _dnat(options: Words, family: Family) -> Dnat | None:
         return None
     address = ip_address(host)
     return Dnat(family, int(address), int(port or 0)) if address.version == family else None
+
+
+def _nflog(options: Words) -> Nflog | None:
+    pairs = _pairs(options)
+    if pairs.keys() != {"--nflog-prefix", "--nflog-group", "--nflog-size"}:
+        return None
+    return Nflog(pairs["--nflog-prefix"], int(pairs["--nflog-group"]), int(pairs["--nflog-size"]))
 
 
 def _set_xmark(options: Words) -> SetXmark | None:

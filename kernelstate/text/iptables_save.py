@@ -28,9 +28,11 @@ from kernelstate.objects.netfilter import (
     Dnat,
     FromBridgePort,
     Jump,
+    Limit,
     Mark,
     Masquerade,
     NfAcct,
+    Nflog,
     OpensNoConnection,
     OtherMatch,
     OtherTarget,
@@ -239,6 +241,7 @@ _MATCHES: dict[type, Callable[[Any], str]] = {
     Mark: _mark,
     AddrType: _addr_type,
     Recent: _recent,
+    Limit: lambda match: f" -m limit --limit {match.per_second}/sec --limit-burst {match.burst}",
     NfAcct: lambda match: f" -m nfacct --nfacct-name {match.name}",
     SetMatch: _set_match,
     FromBridgePort: lambda match: f" -m physdev{' !' if match.negated else ''} --physdev-is-in",
@@ -261,6 +264,8 @@ def _target(target: Target) -> str:
             return " -j MASQUERADE --random-fully" if random_fully else " -j MASQUERADE"
         case SetXmark(value, mask):
             return f" -j MARK {_xmark(value, mask)}"
+        case Nflog(prefix, group, size):
+            return f" -j NFLOG --nflog-prefix {prefix} --nflog-group {group} --nflog-size {size}"
         case OtherTarget(words):
             return " -j" + _words(words)
         case _:

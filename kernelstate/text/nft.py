@@ -44,6 +44,7 @@ from kernelstate.objects.nftables import (
     JumpTo,
     Key,
     KeyPart,
+    LogSome,
     MarkIs,
     MasqueradeFully,
     Match,
@@ -65,6 +66,8 @@ from kernelstate.objects.nftables import (
     XorMark,
 )
 
+LOGGED_BYTES = 128
+"""Of a packet that is logged: both headers and options."""
 BATCH = 500
 """Elements in one command: what libnftables reads needs memory for each until the command is done."""
 
@@ -239,6 +242,8 @@ def _declaration(family: Family, named: NamedSet) -> list[str]:
         lines.append(f"flags {','.join(flags)}")
     if named.timeout:
         lines.append(f"timeout {named.timeout}s")
+    if named.counter:
+        lines.append("counter")
     if named.comment:
         lines.append(f'comment "{named.comment}"')
     return lines
@@ -361,6 +366,8 @@ def _statement(family: Family, statement: Statement) -> str:
         case Remember(key, name, data):
             value = f" : {key_text(family, data)}" if data else ""
             return f"update @{name} {{ {key_text(family, key)}{value} }}"
+        case LogSome(per_second, burst, prefix, group):
+            return f'limit rate {per_second}/second burst {burst} packets log prefix "{prefix}" group {group} snaplen {LOGGED_BYTES}'
         case MasqueradeFully(random_fully):
             return "masquerade fully-random" if random_fully else "masquerade"
         case Refuse():

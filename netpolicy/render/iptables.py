@@ -19,7 +19,8 @@
       -m set TUPLES src,dst            -j RETURN     a pod on a port
       -m set NETS src,dst              -j RETURN     a block, or anybody, on a port
       -p tcp --dport a:b [-m set R..]  -j RETURN     one rule for each large range of ports that is stated
-      -j DROP                                        clauses of tiers end in DROP or in -g NETPOL-IN-90B3...-REST as well
+      -g NETPOL-DENY-INGRESS                         counted, logged if that is wanted, dropped (denied.py)
+                                                     clauses of tiers end there or in -g NETPOL-IN-90B3...-REST as well
 
 A RETURN from a group's chain goes on to the other direction; the end of NETPOL goes on to whatever else is in the table. Sets come
 before the rules that ask them, and peers that come and go are members of sets: no rule is written for them.
@@ -41,7 +42,9 @@ from kernelstate.objects.netfilter import (
     Comment,
     ConnState,
     Jump,
+    Limit,
     Match,
+    Nflog,
     OpensNoConnection,
     Protocol,
     Rule,
@@ -52,6 +55,7 @@ from kernelstate.objects.netfilter import (
 from kernelstate.objects.sets import IpSet, IpSets, Member, SetSpec
 from netpolicy.compile import PolicyChange
 from netpolicy.render.clauses import Clause, Touched
+from netpolicy.render.denied import GROUP, MARKS, DeniedLog
 from netpolicy.render.grouping import GroupChange, Grouping, Place
 from netpolicy.render.groups import Does, Group, Step
 from netpolicy.render.iptables_sets import HEADS, Side, look_ups, moves_of, own_name, ranges_of, sets_of
@@ -61,10 +65,14 @@ from netpolicy.wording import shorten
 FAMILIES: tuple[Family, ...] = (4, 6)
 CHAIN, INPUT_CHAIN = "NETPOL", "NETPOL-INPUT"
 BRANCHES: Mapping[Direction, str] = {"egress": "NETPOL-EGRESS", "ingress": "NETPOL-INGRESS"}
-CHAIN_NAMES = frozenset({CHAIN, INPUT_CHAIN, *BRANCHES.values()})
+DENIALS: Mapping[Direction, str] = {"egress": "NETPOL-DENY-EGRESS", "ingress": "NETPOL-DENY-INGRESS"}
+CHAIN_NAMES = frozenset({CHAIN, INPUT_CHAIN, *BRANCHES.values(), *DENIALS.values()})
 PREFIXES = tuple(HEADS.values())
 """How names of chains of ours start, and those of sets besides ISOLATED."""
 ISOLATED = "NETPOL-ISOLATED-"
+DENIED: Mapping[Direction, str] = {"egress": "NETPOL-DENIED-EGRESS-", "ingress": "NETPOL-DENIED-INGRESS-"}
+"""Sets that count."""
+LOGGED_BYTES = 128
 COMMENT = 255
 """Bytes; the kernel takes 256 with the NUL at the end."""
 
@@ -83,7 +91,8 @@ class IptablesPolicyChange(NamedTuple):
 class IptablesPolicyProgram:
     """Both families' chains and sets for one node's policies; ``chains`` and ``sets`` are updated in place."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: DeniedLog | None = None) -> None:
+        """``log``: how often a packet that is denied is logged; None: never."""
         self.chains: dict[ChainKey, tuple[Rule, ...]] = {}
         self.sets: IpSets = {}
         self._members: dict[str, set[Member]] = {}
@@ -96,7 +105,9 @@ class IptablesPolicyProgram:
         self._moves: list[MemberChange] = []
         for family in FAMILIES:
             self._set(SetSpec(f"{ISOLATED}{family}", "hash:ip", family), ())
-            for name, rules in _entrance(family).items():
+            for direction in DIRECTIONS:
+                self._set(counting_set(direction, family), ())
+            for name, rules in _entrance(family, log).items():
                 self._chain(ChainKey(family, "mangle", name), rules)
 
     @property
@@ -147,6 +158,8 @@ class IptablesPolicyProgram:
                 for name, rules in tree.change(removed[family, direction], added[family, direction]).items():
                     self._chain(ChainKey(family, "mangle", name), rules)
                 self._chain(ChainKey(family, "mangle", BRANCHES[direction]), tree.top)
+        for direction, address in moves.places:
+            self._turn(counting_set(direction, address.version), {(int(address),): bool(self._grouping.at(direction, address))})
         for address in {address for _, address in moves.places}:
             family = address.version
             spec = self.sets[f"{ISOLATED}{family}"].spec
@@ -207,14 +220,19 @@ class IptablesPolicyProgram:
             self._moves.append(MemberChange(spec, added, removed))
 
 
-def render_policies(table: PolicyTable) -> IptablesPolicyProgram:
+def counting_set(direction: Direction, family: Family) -> SetSpec:
+    """Return the set whose members count denied packets."""
+    return SetSpec(f"{DENIED[direction]}{family}", "hash:ip", family, counters=True)
+
+
+def render_policies(table: PolicyTable, log: DeniedLog | None = None) -> IptablesPolicyProgram:
     """Render a whole policy table."""
-    program = IptablesPolicyProgram()
+    program = IptablesPolicyProgram(log)
     program.update(table, PolicyChange(dict.fromkeys(table.pods), dict.fromkeys(table.rules), {}))
     return program
 
 
-def _entrance(family: Family) -> dict[str, tuple[Rule, ...]]:
+def _entrance(family: Family, log: DeniedLog | None) -> dict[str, tuple[Rule, ...]]:
     """Return the chains that are there whatever the policies are."""
     known = [_rule(Verdict.RETURN, ConnState.of("RELATED", "ESTABLISHED"), says="replies, and errors about connections")]
     if family == 6:
@@ -234,7 +252,17 @@ def _entrance(family: Family) -> dict[str, tuple[Rule, ...]]:
         ),
         INPUT_CHAIN: (*known, _rule(Verdict.RETURN, own["src"], says="not from a pod here that is isolated"), rest, leaves),
         **dict.fromkeys(BRANCHES.values(), ()),
+        **{DENIALS[direction]: tuple(_deny(family, direction, log)) for direction in DIRECTIONS},
     }
+
+
+def _deny(family: Family, direction: Direction, log: DeniedLog | None) -> Iterator[Rule]:
+    """Yield what happens to packets that are denied."""
+    own = SetMatch(f"{DENIED[direction]}{family}", (_SIDES[direction],))
+    yield Rule(None, (Comment("counts them for the pod"), own))
+    if log is not None:
+        yield Rule(Nflog(MARKS[direction], GROUP, LOGGED_BYTES), (Limit(log.per_second, log.burst),))
+    yield Rule(Verdict.DROP)
 
 
 def _line(direction: Direction, address: IPAddress, pod: Name, group: Group) -> Line:
@@ -273,16 +301,20 @@ def _chains(group: Group) -> Iterator[tuple[ChainKey, tuple[Rule, ...]]]:
         yield ChainKey(family, "mangle", _chain_name(group)), (*asked, *rest)
 
 
+def _denied(group: Group) -> Jump:
+    return Jump(DENIALS[group.key.direction], goto=True)
+
+
 def _end(group: Group) -> tuple[Rule, ...]:
     """Return how a group's chain ends for what met no rule: whoever isolates lets nothing more through."""
-    return (_rule(Verdict.DROP, says=group.who),) if group.is_closed else ()
+    return (_rule(_denied(group), says=group.who),) if group.is_closed else ()
 
 
 def _ask(group: Group, step: Step, family: Family) -> Iterator[Rule]:
     """Yield the look-ups of one clause."""
     does: dict[Does, Target] = {
         "accept": Verdict.RETURN,
-        "deny": Verdict.DROP,
+        "deny": _denied(group),
         "pass": Jump(_rest_name(group), goto=True),
     }
     clause, target = step.clause, does[step.does]

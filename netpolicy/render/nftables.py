@@ -18,9 +18,9 @@
         meta l4proto . th dport @in-90b3...-ports return
         ip saddr . meta l4proto . th dport @in-90b3...-tuples return
         ip saddr . meta l4proto . th dport @in-90b3...-boxes return
-        drop
+        goto deny-ingress                            counted, logged if that is wanted, dropped (denied.py)
     in-c24e...      one with an admin tier that passes packets on
-        ip saddr @in-77a0...-peers drop              a clause that denies; its sets are shared by all groups that ask it
+        ip saddr @in-77a0...-peers goto deny-ingress a clause that denies; its sets are shared by all groups that ask it
         ip saddr @in-1f5d...-peers goto in-c24e...-rest
         goto in-c24e...-rest                         the same as above for NetworkPolicies, or the baseline tier
 
@@ -53,6 +53,7 @@ from kernelstate.objects.nftables import (
     JumpChain,
     JumpTo,
     Key,
+    LogSome,
     NamedSet,
     NeighbourDiscovery,
     OpensNoConnection,
@@ -65,6 +66,7 @@ from kernelstate.objects.nftables import (
 )
 from netpolicy.compile import PolicyChange
 from netpolicy.render.clauses import Clause, Tuple, Union
+from netpolicy.render.denied import GROUP, MARKS, DeniedLog
 from netpolicy.render.grouping import Grouping
 from netpolicy.render.groups import Does, Group, Step
 from netpolicy.table import DIRECTIONS, Direction, PolicyTable
@@ -76,10 +78,17 @@ FAMILIES: tuple[Family, ...] = (4, 6)
 
 _SADDR, _DADDR, _PROTO, _DPORT = Field("saddr"), Field("daddr"), Field("l4proto"), Field("dport")
 _PEER: dict[Direction, Field] = {"ingress": _SADDR, "egress": _DADDR}
+_POD: dict[Direction, Field] = {"ingress": _DADDR, "egress": _SADDR}
+DENIED: Mapping[Direction, str] = {"ingress": "denied-ingress", "egress": "denied-egress"}
+"""Sets that count."""
+COUNTING = {
+    way: NamedSet(name, (_POD[way],), comment="denied packets of pods here", counter=True) for way, name in DENIED.items()
+}
 _MAPS = {
     "egress": NamedSet("egress", (_SADDR,), "verdict", comment="pods here that may not send everything"),
     "ingress": NamedSet("ingress", (_DADDR,), "verdict", comment="pods here that may not be sent everything"),
     "isolated": NamedSet("isolated", (_SADDR,), comment="pods here that are isolated in some direction"),
+    **{named.name: named for named in COUNTING.values()},
     "self": NamedSet("self", (_SADDR, _DADDR), comment="pods here, each beside itself"),
 }
 _KNOWN = (Rule((CtState(("established", "related")),), (AcceptPacket(),)), Rule((NeighbourDiscovery(),), (AcceptPacket(),)))
@@ -91,8 +100,9 @@ COMMENT = 120
 class NftablesPolicyProgram:
     """Both families' tables for one node's policies; ``tables`` are updated in place."""
 
-    def __init__(self) -> None:
-        self.tables: dict[Family, Table] = {family: _empty(family) for family in FAMILIES}
+    def __init__(self, log: DeniedLog | None = None) -> None:
+        """``log``: how often a packet that is denied is logged; None: never."""
+        self.tables: dict[Family, Table] = {family: _empty(family, log) for family in FAMILIES}
         self._grouping = Grouping()
 
     def update(self, table: PolicyTable, change: PolicyChange) -> dict[Family, TableChange]:
@@ -136,6 +146,7 @@ class NftablesPolicyProgram:
         if isinstance(before, JumpTo) and before.chain.startswith("both-"):
             note.forget_if_unused(before.chain)
         isolated = self._grouping.is_isolated(address)
+        note.element(DENIED[direction], (number,), None, present=bool(names))
         note.element("self", (number, number), None, present=isolated)
         note.element("isolated", (number,), None, present=isolated)
 
@@ -151,14 +162,14 @@ def _move(note: _Notes, clause: Clause, family: Family, touched: tuple[set[int],
         note.set(f"{clause.name}-boxes", None, _boxes(union), only_elements=True)
 
 
-def render_policies(table: PolicyTable) -> dict[Family, Table]:
+def render_policies(table: PolicyTable, log: DeniedLog | None = None) -> dict[Family, Table]:
     """Render a whole policy table."""
-    program = NftablesPolicyProgram()
+    program = NftablesPolicyProgram(log)
     program.update(table, PolicyChange(dict.fromkeys(table.pods), dict.fromkeys(table.rules), {}))
     return program.tables
 
 
-def _empty(family: Family) -> Table:
+def _empty(family: Family, log: DeniedLog | None) -> Table:
     """Return a table that holds nobody back."""
     known = _KNOWN if family == 6 else _KNOWN[:1]
     itself = Rule((InSet((_SADDR, _DADDR), "self"),), (AcceptPacket(),))
@@ -171,8 +182,17 @@ def _empty(family: Family) -> Table:
     chains = {
         "postrouting": Chain((*known, itself, *cut, _LEAVES, own_node, comes_in), Hook("filter", "postrouting", 95)),
         "input": Chain((*known, cut[0], _LEAVES), Hook("filter", "input", 101)),
+        **{f"deny-{direction}": Chain(tuple(_deny(direction, log))) for direction in DIRECTIONS},
     }
     return Table(chains, dict(_MAPS), {name: {} for name in _MAPS})
+
+
+def _deny(direction: Direction, log: DeniedLog | None) -> Iterator[Rule]:
+    """Yield what happens to packets that are denied."""
+    yield Rule((InSet((_POD[direction],), DENIED[direction]),), (), "counts them for the pod")
+    if log is not None:
+        yield Rule((), (LogSome(log.per_second, log.burst, MARKS[direction], GROUP),))
+    yield Rule((), (DropPacket(),))
 
 
 def _sets(clause: Clause, family: Family) -> dict[str, tuple[NamedSet, dict[ElementKey, Data]]]:
@@ -223,7 +243,7 @@ def _chains(group: Group) -> dict[str, Chain]:
 
 def _ask(group: Group, step: Step) -> Iterator[Rule]:
     """Yield the look-ups of one clause."""
-    does: dict[Does, Statement] = {"accept": ReturnToCaller(), "deny": DropPacket(), "pass": _pass(group)}
+    does: dict[Does, Statement] = {"accept": ReturnToCaller(), "deny": _denied(group), "pass": _pass(group)}
     clause, verdict = step.clause, does[step.does]
     if clause.everything:
         yield Rule((), (verdict,), shorten(group.words_about_all(step), COMMENT))
@@ -237,9 +257,13 @@ def _pass(group: Group) -> GotoChain:
     return GotoChain(f"{group.name}-rest")
 
 
+def _denied(group: Group) -> GotoChain:
+    return GotoChain(f"deny-{group.key.direction}")
+
+
 def _end(group: Group) -> tuple[Rule, ...]:
     """Return how a group's chain ends for what met no rule: whoever isolates lets nothing more through."""
-    return (Rule((), (DropPacket(),), shorten(group.who, COMMENT)),) if group.is_closed else ()
+    return (Rule((), (_denied(group),), shorten(group.who, COMMENT)),) if group.is_closed else ()
 
 
 def _tuple(one: Tuple) -> ElementKey:

@@ -15,9 +15,11 @@ from kernelstate.objects.netfilter import (
     ConnState,
     Dnat,
     Jump,
+    Limit,
     Mark,
     Masquerade,
     NfAcct,
+    Nflog,
     Recent,
     Reject,
     Rule,
@@ -47,6 +49,7 @@ matches = st.one_of(
         names.map(lambda name: Recent(name, set=True)), st.builds(Recent, names, st.just(value=False), st.integers(1, 86400))
     ),
     names.map(NfAcct),
+    st.builds(Limit, st.integers(1, 100), st.integers(1, 200)),
 )
 
 
@@ -71,6 +74,7 @@ def rules(draw: st.DrawFn, family: Family, chains: tuple[str, ...]) -> Rule:
             st.none(),
             st.sampled_from(Verdict),
             st.builds(Jump, st.sampled_from(chains), st.booleans()),
+            st.builds(Nflog, st.just("prefix"), st.integers(0, 65535), st.integers(1, 256)),
             st.sampled_from([Reject(), Reject("tcp-reset")]),
             st.builds(Dnat, st.just(family), st.integers(0, (1 << BITS[family]) - 1), st.integers(0, 65535)),
             st.builds(Masquerade, st.booleans()),

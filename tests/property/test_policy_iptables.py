@@ -13,7 +13,7 @@ from kernelstate.objects.netfilter import Jump, Ruleset, SetMatch
 from kernelstate.objects.sets import Member
 from kernelstate.simulate import Simulator
 from netpolicy.compile import PolicyCompiler, compile_policies
-from netpolicy.render.iptables import CHAIN_NAMES, IptablesPolicyProgram, render_policies
+from netpolicy.render.iptables import CHAIN_NAMES, DENIALS, IptablesPolicyProgram, render_policies
 
 EXAMPLES = 1000 if os.environ.get("EXPLORE") else 60
 
@@ -67,7 +67,10 @@ def test_everything_that_is_asked_is_there(cluster, node):
     led |= {(anchor.chain.family, anchor.rule.target.chain) for anchor in program.anchors}
     present = {(key.family, key.name) for key in program.chains}
     assert led <= present
-    assert {name for _, name in present - led} <= {name for _, name in led}  # a group's pods may have one family only
+    unled = {
+        name for _, name in present - led
+    }  # a group's pods may have one family only, and where nobody is isolated nobody is denied
+    assert unled <= {name for _, name in led} | set(DENIALS.values())
     asked = {match.name for _, rule in rules for match in rule.matches if isinstance(match, SetMatch)}
     assert asked == set(program.sets)
     assert all(len(key.name) <= 28 for key in program.chains)

@@ -16,7 +16,8 @@ from kernelstate.reconcile import NetfilterReconciler
 from kernelstate.reconcile_nftables import NftablesReconciler
 from kernelstate.reconcile_sets import IpsetReconciler
 from netpolicy.compile import PolicyChange
-from netpolicy.render.iptables import CHAIN_NAMES, ISOLATED, PREFIXES, IptablesPolicyProgram
+from netpolicy.render.denied import DeniedLog
+from netpolicy.render.iptables import CHAIN_NAMES, DENIED, ISOLATED, PREFIXES, IptablesPolicyProgram
 from netpolicy.render.nftables import NAMES, NftablesPolicyProgram
 from netpolicy.table import PolicyTable
 
@@ -34,10 +35,10 @@ class PolicyKernel(Protocol):
 class Nftables:
     """A table for each family."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: DeniedLog | None = None) -> None:
         self._port = NftablesPort()
         self._reconciler = NftablesReconciler(self._port, NAMES, "policies")
-        self._program = NftablesPolicyProgram()
+        self._program = NftablesPolicyProgram(log)
         self.close = self._port.close
 
     def bring(self, table: PolicyTable, change: PolicyChange) -> None:
@@ -52,11 +53,11 @@ class Nftables:
 class Iptables:
     """Chains and sets. Sets come first; those that are not wanted go when no rule asks them any more."""
 
-    def __init__(self, node: str, variant: Variant) -> None:
+    def __init__(self, node: str, variant: Variant, log: DeniedLog | None = None) -> None:
         self._node, self._sets_port, self._port = node, LinuxIpset(), IptablesPort(variant)
-        self._sets = IpsetReconciler(self._sets_port, Ownership(prefixes=(ISOLATED, *PREFIXES)), "policies")
+        self._sets = IpsetReconciler(self._sets_port, Ownership(prefixes=(ISOLATED, *DENIED.values(), *PREFIXES)), "policies")
         self._chains = NetfilterReconciler(self._port, Ownership(CHAIN_NAMES, PREFIXES))
-        self._program = IptablesPolicyProgram()
+        self._program = IptablesPolicyProgram(log)
         self._is_first = True
 
     def bring(self, table: PolicyTable, change: PolicyChange) -> None:
@@ -85,8 +86,9 @@ class Iptables:
         """Nothing is held open."""
 
 
-KERNELS: dict[str, Callable[[str], PolicyKernel]] = {
-    "nftables": lambda _node: Nftables(),
-    "iptables-legacy": lambda node: Iptables(node, "legacy"),
-    "iptables-nft": lambda node: Iptables(node, "nft"),
+KERNELS: dict[str, Callable[..., PolicyKernel]] = {
+    "nftables": lambda _node, log=None: Nftables(log),
+    "iptables-legacy": lambda node, log=None: Iptables(node, "legacy", log),
+    "iptables-nft": lambda node, log=None: Iptables(node, "nft", log),
 }
+"""Called in the node's namespace, with its name and how often what is denied is logged."""

@@ -12,6 +12,7 @@ from immutables import Map
 from clusterstate.objects import ContainerPort, Namespace, Pod
 from clusterstate.parse import parse_object
 from clusterstate.snapshot import Snapshot, edited
+from kernelstate.objects.nftables import GotoChain
 from netpolicy.compile import PolicyChange, PolicyCompiler, compile_policies
 from netpolicy.oracle import Flow, Oracle
 from netpolicy.render.iptables import IptablesPolicyProgram
@@ -229,7 +230,8 @@ def chain(stated: dict[str, Any], policy: str | None = None) -> list[str]:
     if verdict is None:
         return []
     names = [verdict.chain, f"{verdict.chain}-rest"]
-    return [type(rule.statements[0]).__name__ for name in names if name in table.chains for rule in table.chains[name].rules]
+    done = [rule.statements[0] for name in names if name in table.chains for rule in table.chains[name].rules]
+    return ["DropPacket" if one == GotoChain("deny-ingress") else type(one).__name__ for one in done]
 
 
 def test_neighbours_that_do_the_same_cost_as_one():

@@ -46,6 +46,9 @@ def test_what_save_says_besides_is_read_over() -> None:
 def test_ceiling_is_sized_to_need() -> None:
     """A set of more members than ipset's default allows is made larger."""
     assert print_create(SetSpec("S", "hash:ip"), 10) == "create S hash:ip family inet hashsize 1024 maxelem 65536"
+    counting = "create S hash:ip family inet hashsize 1024 maxelem 65536 counters"
+    assert print_create(SetSpec("S", "hash:ip", counters=True), 10) == counting
+    assert parse_sets(counting) == {"S": IpSet(SetSpec("S", "hash:ip", counters=True))}
     assert print_create(SetSpec("S", "hash:ip"), 100_000) == "create S hash:ip family inet hashsize 1024 maxelem 262144"
 
 
