@@ -33,7 +33,7 @@ from kernelstate.errors import KernelRefusedError
 from kernelstate.linux import netns
 
 SOURCE = Path(__file__).parent / "injector" / "flows.bpf.c"
-PLAN = struct.Struct("=54sBxIIII4096s")
+PLAN = struct.Struct("=54sBBB3xIIII4096s")
 DESTINATIONS = 1024
 SEEN = struct.Struct("=QQIIII")
 _FRAME = 54
@@ -59,6 +59,21 @@ class Target(msgspec.Struct, frozen=True):
     first: int
     last: int
     arrival_port: int
+
+
+class Clients(msgspec.Struct, frozen=True):
+    """Where packets come from: 2^``bits`` addresses (2^10 at most) in turn, ``stride`` apart; each has 64,000 ports."""
+
+    first: int = FIRST_CLIENT
+    bits: int = 8
+    stride: int = 1
+
+    def flow(self, number: int) -> tuple[int, int]:
+        """Return address and port of a flow, as ``generate`` makes them."""
+        return self.first + (number & ((1 << self.bits) - 1)) * self.stride, 1024 + (number >> self.bits) % 64_000
+
+
+CLIENTS = Clients()
 
 
 class Sent(msgspec.Struct, frozen=True):
@@ -143,43 +158,48 @@ class Injector:
     def __init__(self, program: Generator) -> None:
         self._program = program
         self._flow = 0
-        """Number of the next flow that nobody has used: 256 source addresses with 64,000 ports each."""
+        """Number of the next flow that nobody has used."""
 
     def attach(self, link: str) -> None:
         """Count and drop what comes in through a link of the current network namespace."""
         self._program.attach_ingress("count", link)
 
-    def new_flows(self, road: Road, target: Target, count: int) -> Sent:
-        """Send the first packet of ``count`` connections, each from another client or port."""
+    def new_flows(
+        self, road: Road, target: Target, count: int, clients: Clients = CLIENTS, patience: float = _DELAY
+    ) -> Sent:
+        """Send the first packet of ``count`` connections, each from another client or port.
+
+        A client always meets the same addresses. ``patience``: seconds until packets on their way are given up.
+        """
         frame = _segment(IN_MAC, target.port, SYN, (_CLIENT_SEQUENCE, 0))
-        sent = self._send(road, "in", Plan(frame, self._flow, varies=True), target, count)
+        sent = self._send(road, "in", Plan(frame, self._flow, varies=True, clients=clients), target, count, patience)
         self._flow += count
         return sent
 
-    def establish(self, road: Road, target: Target) -> int:
+    def establish(self, road: Road, target: Target, clients: Clients = CLIENTS) -> int:
         """Do a TCP handshake from the next client to ``target`` and back; return the flow's number. Raises RuntimeError."""
         number, self._flow = self._flow, self._flow + 1
         first = _segment(IN_MAC, target.port, SYN, (_CLIENT_SEQUENCE, 0))
-        _arrived(self._send(road, "in", Plan(first, number), target, 1), "SYN")
+        _arrived(self._send(road, "in", Plan(first, number, clients=clients), target, 1), "SYN")
         *_, endpoint = SEEN.unpack(self._program.read("sightings"))
-        client, port = _client(number)
+        client, port = clients.flow(number)
         answer = _segment(OUT_MAC, port, SYN_ACK, (_SERVER_SEQUENCE, _CLIENT_SEQUENCE + 1))
-        plan = Plan(answer, (target.arrival_port - 1024) << 8, first_source=endpoint)
+        plan = Plan(answer, target.arrival_port - 1024, clients=Clients(endpoint, bits=0))
         _arrived(self._send(road, "out", plan, Target((client,), port, client, client, port), 1), "SYN, ACK")
-        _arrived(self.established(road, target, number, 1), "ACK")
+        _arrived(self.established(road, target, number, 1, clients), "ACK")
         return number
 
-    def established(self, road: Road, target: Target, number: int, count: int) -> Sent:
+    def established(self, road: Road, target: Target, number: int, count: int, clients: Clients = CLIENTS) -> Sent:
         """Send ``count`` packets of one flow that ``establish`` made."""
         frame = _segment(IN_MAC, target.port, ACK, (_CLIENT_SEQUENCE + 1, _SERVER_SEQUENCE + 1))
-        return self._send(road, "in", Plan(frame, number), target, count)
+        return self._send(road, "in", Plan(frame, number, clients=clients), target, count)
 
-    def _send(self, road: Road, link: str, plan: Plan, target: Target, count: int) -> Sent:
+    def _send(self, road: Road, link: str, plan: Plan, target: Target, count: int, patience: float = _DELAY) -> Sent:
         self._program.write("plans", plan.pack(target.addresses))
         self._program.write("sightings", SEEN.pack(0, 0, target.first, target.last, target.arrival_port, 0))
         with netns.inside(road.node):
             cpu = self._program.inject("generate", link, _FRAME, count)
-        until = time.monotonic() + _DELAY
+        until = time.monotonic() + patience
         while True:
             arrived, elsewhere, *_ = SEEN.unpack(self._program.read("sightings"))
             if arrived + elsewhere >= count or time.monotonic() > until:
@@ -193,7 +213,7 @@ class Plan(msgspec.Struct, frozen=True):
     frame: bytes
     flow: int
     varies: bool = False
-    first_source: int = FIRST_CLIENT
+    clients: Clients = CLIENTS
 
     def pack(self, destinations: Sequence[int]) -> bytes:
         """Return ``struct plan``: the frame, the sums over its IP header and over TCP's, and where to, over and over."""
@@ -203,9 +223,11 @@ class Plan(msgspec.Struct, frozen=True):
         return PLAN.pack(
             self.frame,
             self.varies,
+            self.clients.bits,
+            self.clients.stride,
             _sum(ip),
             _sum(pseudo + tcp),
-            self.first_source,
+            self.clients.first,
             self.flow,
             struct.pack(f"!{DESTINATIONS}I", *addresses),
         )
@@ -219,11 +241,6 @@ def open_injector() -> Iterator[Injector]:
         Generator(build(SOURCE, Path(directory))) as program,
     ):
         yield Injector(program)
-
-
-def _client(number: int) -> tuple[int, int]:
-    """Return address and port of a flow, as ``generate`` makes them."""
-    return FIRST_CLIENT + (number & 0xFF), 1024 + (number >> 8) % 64_000
 
 
 def _arrived(sent: Sent, what: str) -> None:

@@ -31,9 +31,11 @@ struct segment {
 struct plan {
 	struct segment frame;	/* 54 bytes; addresses, source port and both checksums are filled in here */
 	__u8 varies;		/* 1: every packet is another flow, 0: all are the flow of number `next` */
-	__u8 pad;
+	__u8 bits;		/* flows take 2^bits addresses in turn, at most 2^10 ... */
+	__u8 stride;		/* ... so far apart ... */
+	__u8 pad[3];
 	__u32 ip_sum, tcp_sum;	/* of everything else */
-	__u32 first_source;	/* host order; flows take 256 addresses from here in turn */
+	__u32 first_source;	/* ... from here on; host order */
 	__u32 next;		/* number of the next flow */
 	__u32 destinations[1024];	/* network order; flows take them in turn */
 };
@@ -71,17 +73,18 @@ SEC("xdp")
 int generate(struct xdp_md *ctx)
 {
 	struct segment *packet = (void *)(long)ctx->data;
-	__u32 key = 0, source, destination, halves;
+	__u32 key = 0, bits, source, destination, halves;
 	struct plan *plan = bpf_map_lookup_elem(&plans, &key);
 
 	if (!plan || (void *)(packet + 1) > (void *)(long)ctx->data_end)
 		return XDP_ABORTED;
 	__builtin_memcpy(packet, &plan->frame, sizeof(*packet));
-	source = bpf_htonl(plan->first_source + (plan->next & 0xff));
+	bits = plan->bits & 15;
+	source = bpf_htonl(plan->first_source + (plan->next & ((1 << bits) - 1)) * plan->stride);
 	destination = plan->destinations[plan->next & 1023];
 	packet->ip.saddr = source;
 	packet->ip.daddr = destination;
-	packet->tcp.source = bpf_htons(1024 + (plan->next >> 8) % 64000);
+	packet->tcp.source = bpf_htons(1024 + (plan->next >> bits) % 64000);
 	halves = (source & 0xffff) + (source >> 16) + (destination & 0xffff) + (destination >> 16);
 	packet->ip.check = folded(plan->ip_sum + halves);
 	packet->tcp.check = folded(plan->tcp_sum + halves + packet->tcp.source);
