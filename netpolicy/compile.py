@@ -83,7 +83,7 @@ class PolicyCompiler:
         for name in pods:
             self._selections.move(name, live(snapshot.pods.get(name)), snapshot.namespaces)
         stale = {name for name in policies if name in self.rules}
-        touched = self._targets.move(snapshot, pods, policies, self._here, self._selections.names)
+        touched = self._targets.move(snapshot, pods, policies, self._here, self._selections.candidates)
         touched |= {name for name in pods if name in self.pods}
         stale |= {name for name in self._targets.used() if name not in self.rules}
         stale |= {name for name in self.rules if not self._targets.of(name)}

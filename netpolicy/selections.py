@@ -2,14 +2,17 @@
 
     "pods labelled app: web in namespaces labelled team: a"  -->  {10.244.1.7, 10.244.2.9}     used by three policies
 
-A pod that changes is held against every selection that is in use, and costs that; what a rule holds is the selection's own set
-of addresses, which costs nothing to share and little to change.
+A selection that requires a label is looked up by it, and so are pods: a pod that changes is held against the selections that ask for
+one of its labels, or for none, and a new selection against the pods that have its label. What a rule holds is the selection's own
+set of addresses, which costs nothing to share and little to change.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
@@ -32,6 +35,11 @@ class PeerChange(msgspec.Struct, frozen=True):
 
     come: frozenset[IPAddress]
     gone: frozenset[IPAddress]
+
+
+Pair: TypeAlias = tuple[str, str]
+"""A label's key and value."""
+_Key = TypeVar("_Key")
 
 
 class _Held:
@@ -71,7 +79,12 @@ class Selections:
         self.moved = False
         """Whether any pod changed since ``dirty_users`` was asked."""
         self._namespaces: Mapping[str, Namespace] = {}
+        self._by_namespace: dict[str, set[Name]] = defaultdict(set)
+        self._by_label: dict[Pair, set[Name]] = defaultdict(set)
+        """The pods there are, by what can be asked of them."""
         self._held: dict[Selection, _Held] = {}
+        self._filed: dict[Pair | None, dict[Selection, _Held]] = defaultdict(dict)
+        """The same by a label that they require, under each of its values; None: those that require none."""
         self._users: dict[Selection, set[Name]] = defaultdict(set)
         self._used: dict[Name, set[Selection]] = {}
         self._dirty: set[Selection] = set()
@@ -80,13 +93,12 @@ class Selections:
         """Take in a pod as it is now, None: it is gone; its namespace's labels may have changed as well."""
         self.moved = True
         self._namespaces = namespaces
-        if pod is None:
-            self.names.pop(name, None)
-        else:
-            self.names[name] = pod
-        for selection, held in self._held.items():
-            if held.put(name, self._ips(selection, pod)):
-                self._dirty.add(selection)
+        before = self.names.get(name)
+        self._index(name, before, pod)
+        for pair in {None, *_labels(before), *_labels(pod)}:
+            for selection, held in self._filed.get(pair, {}).items():
+                if held.put(name, self._ips(selection, pod)):
+                    self._dirty.add(selection)
 
     def use(self, user: Name, wanted: set[Selection]) -> None:
         """Say which selections a policy uses from now on."""
@@ -96,10 +108,23 @@ class Selections:
             self._users[selection].add(user)
             if selection not in self._held:
                 held = self._held[selection] = _Held()
-                for name, pod in self.names.items():
-                    held.put(name, self._ips(selection, pod))
+                for pair in _required(selection.pods) or (None,):
+                    self._filed[pair][selection] = held
+                for name in self.candidates(selection.namespace, selection.pods):
+                    held.put(name, self._ips(selection, self.names[name]))
                 held.before.clear()
         self._used[user] = wanted
+
+    def candidates(self, namespace: str, selector: LabelSelector | None) -> Collection[Name]:
+        """Return the pods that a selector may select in a namespace (empty: in any), and perhaps a few more."""
+        few: Collection[Name] = self._by_namespace.get(namespace, frozenset()) if namespace else self.names
+        pairs = _required(selector)
+        if pairs is None:
+            return few
+        sets: list[AbstractSet[Name]] = [self._by_label.get(pair, frozenset()) for pair in pairs]
+        if sum(map(len, sets)) >= len(few):
+            return few
+        return sets[0] if len(sets) == 1 else frozenset().union(*sets)
 
     def forget(self, user: Name) -> None:
         """Say that a policy uses none any more."""
@@ -145,6 +170,24 @@ class Selections:
         self._users[selection].discard(user)
         if not self._users[selection]:
             del self._users[selection], self._held[selection]
+            for pair in _required(selection.pods) or (None,):
+                del self._filed[pair][selection]
+                if not self._filed[pair]:
+                    del self._filed[pair]
+
+    def _index(self, name: Name, before: Pod | None, pod: Pod | None) -> None:
+        """Let a pod be found by what it is now."""
+        if pod is None:
+            self.names.pop(name, None)
+            _take(self._by_namespace, name[0], name)
+        else:
+            self.names[name] = pod
+            self._by_namespace[name[0]].add(name)
+        old, new = set(_labels(before)), set(_labels(pod))
+        for pair in old - new:
+            _take(self._by_label, pair, name)
+        for pair in new - old:
+            self._by_label[pair].add(name)
 
     def _ips(self, selection: Selection, pod: Pod | None) -> tuple[IPAddress, ...]:
         """Return a pod's addresses if it is selected, else none."""
@@ -157,3 +200,25 @@ class Selections:
         ):
             return ()
         return pod.ips if selection.pods is None or selects(selection.pods, pod.labels) else ()
+
+
+def _required(selector: LabelSelector | None) -> tuple[Pair, ...] | None:
+    """Return labels of which a selected pod has one, as few as can be; None: it need not have any of a known value."""
+    stated = [one for one in (selector.requirements if selector is not None else ()) if one.operator == "In"]
+    if not stated:
+        return None
+    narrowest = min(stated, key=lambda one: len(one.values))
+    return tuple((narrowest.key, value) for value in dict.fromkeys(narrowest.values))
+
+
+def _labels(pod: Pod | None) -> Iterator[Pair]:
+    return iter(()) if pod is None else iter(pod.labels.items())
+
+
+def _take(index: dict[_Key, set[Name]], key: _Key, name: Name) -> None:
+    """Take a pod out of an index."""
+    held = index.get(key)
+    if held is not None:
+        held.discard(name)
+        if not held:
+            del index[key]

@@ -4,16 +4,17 @@
     ClusterNetworkPolicy no-telnet    pods of whichever namespaces its subject selects; its name here is ("", "no-telnet")
 
 A pod that changes is held against the policies of its namespace and those of the whole cluster; a policy that changes, against
-the pods it could be about.
+the pods that have a label it asks for.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import TypeAlias
 
-from clusterstate.objects import ClusterNetworkPolicy, Namespace, NetworkPolicy, Pod
+from clusterstate.objects import ClusterNetworkPolicy, LabelSelector, Namespace, NetworkPolicy, Pod
 from clusterstate.snapshot import Name, Snapshot
 from netpolicy.selector import namespace_labels, selects
 
@@ -54,11 +55,14 @@ class Targets:
         self,
         snapshot: Snapshot,
         pods: Iterable[Name],
-        policies: Iterable[Name],
+        policies: AbstractSet[Name],
         here: Callable[[Name], Pod | None],
-        every: Collection[Name],
+        find: Callable[[str, LabelSelector | None], Collection[Name]],
     ) -> set[Name]:
-        """Find anew what changed: these pods and policies; ``every`` names the pods there are. Return the pods concerned."""
+        """Find anew what changed: these pods and policies. Return the pods concerned.
+
+        ``find`` returns the pods that a selector may select in a namespace (empty: in any), and perhaps a few more.
+        """
         touched: set[Name] = set()
         for policy in policies:
             touched |= self.of(policy)
@@ -70,10 +74,10 @@ class Targets:
                 self._pods.setdefault(policy, set())
         for name in pods:
             pod = here(name)
-            touched |= {name for policy in self._candidates(name[0]) if self._settle(snapshot, policy, name, pod)}
+            touched |= {name for policy in self._candidates(name[0]) - policies if self._settle(snapshot, policy, name, pod)}
         for policy in policies:
             if policy in self._pods:
-                among = every if policy[0] == EVERYWHERE else (name for name in every if name[0] == policy[0])
+                among = {*self._pods[policy], *find(policy[0], _pod_selector(stated_policy(snapshot, policy)))}
                 touched |= {name for name in among if self._settle(snapshot, policy, name, here(name))}
         return touched
 
@@ -90,6 +94,10 @@ class Targets:
         else:
             pods.discard(name)
         return does or did
+
+
+def _pod_selector(policy: Stated | None) -> LabelSelector | None:
+    return policy.subject.pod_selector if isinstance(policy, ClusterNetworkPolicy) else policy and policy.pod_selector
 
 
 def _is_about(policy: Stated, pod: Pod, namespaces: Mapping[str, Namespace]) -> bool:
