@@ -25,6 +25,7 @@ from clusterstate.sources.files import FileSource
 from kernelstate.objects.address import Prefix
 from nodeplane.agent import Agent
 from nodeplane.config import NodeConfig
+from nodeplane.kernel import NodeKernel
 from nodeplane.pipeline import Desired, HostFacts, Pipeline
 from nodeplane.status import Status
 from proxy.settings import ProxySettings
@@ -72,18 +73,24 @@ class MeasuredAgent:
     """An agent over files whose every step is measured; use inside ``stages.watching()``."""
 
     def __init__(self, path: Path, mode: str, stages: Stages) -> None:
+        settings = ProxySettings(cluster_cidrs=(Prefix.parse(CLUSTER_CIDR),))
+        self._put_together(path, NodeConfig(NODE, settings, mode), stages)
+
+    def _put_together(self, path: Path, config: NodeConfig, stages: Stages) -> None:
         self.source = FileSource([path])
         self._written = Written()
         self._stages = stages
-        settings = ProxySettings(cluster_cidrs=(Prefix.parse(CLUSTER_CIDR),))
         self.agent = Agent(
-            pipeline=Pipeline(NodeConfig(NODE, settings, mode)),
+            pipeline=Pipeline(config),
             source=self.source,
             host=BareHost(),
-            kernel=measured_kernel(mode, self._written),
+            kernel=self._kernel(config, self._written),
             publish=lambda _status: None,
-            status=Status(pid=os.getpid(), node=NODE, mode=mode),
+            status=Status(pid=os.getpid(), node=NODE, mode=config.mode),
         )
+
+    def _kernel(self, config: NodeConfig, written: Written) -> NodeKernel:
+        return measured_kernel(config.mode, written)
 
     def first(self) -> Work:
         """Do the first full sync: from files to the whole of it."""

@@ -164,15 +164,13 @@ class Injector:
         """Count and drop what comes in through a link of the current network namespace."""
         self._program.attach_ingress("count", link)
 
-    def new_flows(
-        self, road: Road, target: Target, count: int, clients: Clients = CLIENTS, patience: float = _DELAY
-    ) -> Sent:
+    def new_flows(self, road: Road, target: Target, count: int, clients: Clients = CLIENTS, patience: float = _DELAY) -> Sent:
         """Send the first packet of ``count`` connections, each from another client or port.
 
         A client always meets the same addresses. ``patience``: seconds until packets on their way are given up.
         """
         frame = _segment(IN_MAC, target.port, SYN, (_CLIENT_SEQUENCE, 0))
-        sent = self._send(road, "in", Plan(frame, self._flow, varies=True, clients=clients), target, count, patience)
+        sent = self._send(road, Plan(frame, self._flow, varies=True, clients=clients), target, count, patience)
         self._flow += count
         return sent
 
@@ -180,25 +178,25 @@ class Injector:
         """Do a TCP handshake from the next client to ``target`` and back; return the flow's number. Raises RuntimeError."""
         number, self._flow = self._flow, self._flow + 1
         first = _segment(IN_MAC, target.port, SYN, (_CLIENT_SEQUENCE, 0))
-        _arrived(self._send(road, "in", Plan(first, number, clients=clients), target, 1), "SYN")
+        _arrived(self._send(road, Plan(first, number, clients=clients), target, 1), "SYN")
         *_, endpoint = SEEN.unpack(self._program.read("sightings"))
         client, port = clients.flow(number)
         answer = _segment(OUT_MAC, port, SYN_ACK, (_SERVER_SEQUENCE, _CLIENT_SEQUENCE + 1))
-        plan = Plan(answer, target.arrival_port - 1024, clients=Clients(endpoint, bits=0))
-        _arrived(self._send(road, "out", plan, Target((client,), port, client, client, port), 1), "SYN, ACK")
+        plan = Plan(answer, target.arrival_port - 1024, clients=Clients(endpoint, bits=0), link="out")
+        _arrived(self._send(road, plan, Target((client,), port, client, client, port), 1), "SYN, ACK")
         _arrived(self.established(road, target, number, 1, clients), "ACK")
         return number
 
     def established(self, road: Road, target: Target, number: int, count: int, clients: Clients = CLIENTS) -> Sent:
         """Send ``count`` packets of one flow that ``establish`` made."""
         frame = _segment(IN_MAC, target.port, ACK, (_CLIENT_SEQUENCE + 1, _SERVER_SEQUENCE + 1))
-        return self._send(road, "in", Plan(frame, number, clients=clients), target, count)
+        return self._send(road, Plan(frame, number, clients=clients), target, count)
 
-    def _send(self, road: Road, link: str, plan: Plan, target: Target, count: int, patience: float = _DELAY) -> Sent:
+    def _send(self, road: Road, plan: Plan, target: Target, count: int, patience: float = _DELAY) -> Sent:
         self._program.write("plans", plan.pack(target.addresses))
         self._program.write("sightings", SEEN.pack(0, 0, target.first, target.last, target.arrival_port, 0))
         with netns.inside(road.node):
-            cpu = self._program.inject("generate", link, _FRAME, count)
+            cpu = self._program.inject("generate", plan.link, _FRAME, count)
         until = time.monotonic() + patience
         while True:
             arrived, elsewhere, *_ = SEEN.unpack(self._program.read("sightings"))
@@ -208,12 +206,14 @@ class Injector:
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What ``generate`` is told: a frame without addresses, and where sources come from."""
+    """What ``generate`` is told: a frame without addresses, where sources come from, and where packets come in."""
 
     frame: bytes
     flow: int
     varies: bool = False
     clients: Clients = CLIENTS
+    link: str = "in"
+    """The node's link through which packets come in."""
 
     def pack(self, destinations: Sequence[int]) -> bytes:
         """Return ``struct plan``: the frame, the sums over its IP header and over TCP's, and where to, over and over."""

@@ -48,8 +48,16 @@ def pod(name: str, address: int, node_name: str, **labels: str) -> Raw:
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": name, "namespace": NAMESPACE, "labels": labels, "uid": f"{address:08x}-0000-4000-8000-0000000000aa"},
-        "spec": {"nodeName": node_name, "containers": [{"name": "main", "ports": [{"containerPort": PORT, "protocol": "TCP"}]}]},
+        "metadata": {
+            "name": name,
+            "namespace": NAMESPACE,
+            "labels": labels,
+            "uid": f"{address:08x}-0000-4000-8000-0000000000aa",
+        },
+        "spec": {
+            "nodeName": node_name,
+            "containers": [{"name": "main", "ports": [{"containerPort": PORT, "protocol": "TCP"}]}],
+        },
         "status": {"phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}]},
     }
 

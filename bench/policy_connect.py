@@ -26,12 +26,12 @@ from pathlib import Path
 
 import msgspec
 
-from bench import cluster, policies
+from bench import policies
 from bench.kernel import may_use_kernel
 from bench.packet_cost import pinned
 from bench.policies import PODS, PORT, client_address, server_address
 from bench.policy_layouts import CHAINS, CONNTRACK, NONE, Layout, layouts_here, program, track, write_chains
-from bench.result import Options, Row, against, median
+from bench.result import Options, Param, Row, against, median
 from kernelstate.errors import KernelStateError
 from kernelstate.linux import netns
 from nodeplane.commands import Failed
@@ -181,7 +181,9 @@ def _rows(lanes: Sequence[Lane], number: int) -> list[Row]:
     bare, rows = min(lanes[0].rounds), []
     for lane in lanes:
         has_policies = lane.layout not in {NONE, CONNTRACK}
-        params = {"way": lane.layout.name} | ({"policies": number} if has_policies else {})
+        params: dict[str, Param] = {"way": lane.layout.name}
+        if has_policies:
+            params["policies"] = number
         row = Row("connect", lane.layout.mode, params, "time, least median", min(lane.rounds), "us")
         if lane.layout.mode != "none":
             row.params["at most"] = TARGET

@@ -117,7 +117,11 @@ def _sets(pods: int, policies: int) -> Iterable[SetChange]:
 
 def chains_text(pods: int, policies: int) -> str:
     """Return the text for iptables-restore."""
-    chains = ["BENCH-NETPOL", *(f"KUBE-POD-FW-{n:03d}" for n in range(pods)), *(f"KUBE-NWPLCY-{k:05d}" for k in range(policies))]
+    chains = [
+        "BENCH-NETPOL",
+        *(f"KUBE-POD-FW-{n:03d}" for n in range(pods)),
+        *(f"KUBE-NWPLCY-{k:05d}" for k in range(policies)),
+    ]
     rules = ["-A FORWARD -j BENCH-NETPOL"]
     for n in range(pods):
         chain, address = f"KUBE-POD-FW-{n:03d}", IPv4Address(server_address(n))

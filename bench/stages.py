@@ -20,7 +20,7 @@ a call (about 1 us), and are taken down again afterwards.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
@@ -110,13 +110,14 @@ def _ipvs_doors() -> tuple[Door, ...]:
 class Stages:
     """Milliseconds of CPU time by stage, of everything since the last ``clear``."""
 
-    def __init__(self, mode: str) -> None:
+    def __init__(self, where: str | Sequence[Door]) -> None:
+        """Take the doors of a mode of Services, or other doors."""
         self.spent: dict[str, float] = {}
         self.kernel_wall = 0.0
         """Elapsed milliseconds of stage ``kernel``."""
         self.handed = (0.0, 0.0)
         """``perf_counter`` and ``process_time`` when the kernel had the last of it."""
-        self._doors = doors(mode)
+        self._doors = doors(where) if isinstance(where, str) else tuple(where)
         self._inner: list[float] = []
 
     def clear(self) -> None:
