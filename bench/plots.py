@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from bench.api_plots import draw_api
 from bench.ipvs_plots import DATAPATH_LOOKS, draw_ipvs
 from bench.overlay_plots import draw_attachment, draw_overlay
+from bench.policy_plots import draw_change, draw_connect, draw_verdict
 from bench.result import Result, Row, number
 from bench.stages import STAGES
 
@@ -287,8 +288,8 @@ def _cni_add(figure: Any, rows: Sequence[Row]) -> None:
     axes.legend(fontsize=8, loc="upper left")
 
 
-_BY_MODE = frozenset({"services-change", "services-full", "api-sync"})
-_INCHES = {"overlay": 9.0, "pod-attachment": 4.0}
+_BY_MODE = frozenset({"services-change", "services-full", "api-sync", "policy-change"})
+_INCHES = {"overlay": 9.0, "pod-attachment": 4.0, "policy-verdict": 7.0, "policy-connect": 4.0, "policy-change": 4.5}
 """Height of a picture, where it is not 6."""
 
 _DRAWINGS: dict[str, Callable[[Any, Sequence[Row]], None]] = {
@@ -302,4 +303,7 @@ _DRAWINGS: dict[str, Callable[[Any, Sequence[Row]], None]] = {
     "overlay": draw_overlay,
     "pod-attachment": draw_attachment,
     "cni-add": _cni_add,
+    "policy-verdict": draw_verdict,
+    "policy-connect": draw_connect,
+    "policy-change": draw_change,
 }

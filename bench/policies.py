@@ -4,11 +4,11 @@
     full node   110 pods, policy k selects pod k % 110 and lets one client in               the kubelet's most, N policies over all
     crowded     110 pods that a policy isolates, the last is selected by N - 1 more, each of which lets one client in
     peers       server-0 is selected by one policy that lets N pods in, by their label
-    blocks      the same with N address blocks of one address each, of which no two touch
+    blocks      the same with N address blocks of two addresses each, of which no two touch
     teams       N pods of this node in groups of ten, each group selected by ten policies that let ten other groups in
 
 Servers are on node-1 and listen on TCP 8080; clients, apart from those of *teams*, are on node-2, the client of policy k, or peer
-number k, at 10.240.1.0 + k. All let in on that port alone.
+number k, at 10.240.1.0 + k, that of block k at 10.240.1.0 + 4k. All let in on that port alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bench.injection import FIRST_CLIENT
 PORT = 8080
 PODS = 110
 """Pods of a full node: the kubelet's default for maxPods."""
-BLOCK_STRIDE = 2
+BLOCK_STRIDE = 4
 """Addresses from one block to the next."""
 TEAM = 10
 """Pods of a group, and policies that select it."""
@@ -115,7 +115,7 @@ def peers(number: int) -> Iterator[Raw]:
 def blocks(number: int) -> Iterator[Raw]:
     """Yield *blocks*."""
     yield from _servers(1)
-    cidrs = (f"{IPv4Address(client_address(k * BLOCK_STRIDE))}/32" for k in range(number))
+    cidrs = (f"{IPv4Address(client_address(k * BLOCK_STRIDE))}/31" for k in range(number))
     yield policy("clients", {"app": "server-0"}, [{"ipBlock": {"cidr": cidr}} for cidr in cidrs])
 
 

@@ -178,7 +178,7 @@ def _check(lane: Lane, server: socket.socket, number: int) -> None:
 
 
 def _rows(lanes: Sequence[Lane], number: int) -> list[Row]:
-    bare, rows = min(lanes[0].rounds), []
+    bare, tracked, rows = min(lanes[0].rounds), min(lanes[1].rounds), []
     for lane in lanes:
         has_policies = lane.layout not in {NONE, CONNTRACK}
         params: dict[str, Param] = {"way": lane.layout.name}
@@ -188,5 +188,9 @@ def _rows(lanes: Sequence[Lane], number: int) -> list[Row]:
         if lane.layout.mode != "none":
             row.params["at most"] = TARGET
         rows.append(row if lane is lanes[0] else against(row, bare, "none"))
+    rows += [
+        Row("connect", lane.layout.mode, {"way": lane.layout.name}, "to conntrack", min(lane.rounds) / tracked, "times")
+        for lane in lanes[2:]
+    ]
     spread = max(median(lane.rounds) / min(lane.rounds) for lane in lanes)
     return [*rows, Row("noise", "none", {}, "median of rounds to least, at most", spread, "times")]

@@ -83,10 +83,12 @@ class Lane(msgspec.Struct):
 
 def measure(
     options: Options,
+    *,
     rounds: int = ROUNDS,
     budget: float = BUDGET,
     sizes: Sequence[int] = POLICIES,
     peers: Sequence[int] = PEERS,
+    worlds: Sequence[World] = WORLDS,
 ) -> list[Row]:
     """Measure every way asked for at every size. Raises Failed."""
     if not may_use_kernel():
@@ -96,7 +98,7 @@ def measure(
         with open_injector() as injector, contextlib.ExitStack() as undo:
             lanes = [_open(undo, injector, NONE), _open(undo, injector, CONNTRACK)]
             track(lanes[1].road.node)
-            for world in WORLDS:
+            for world in worlds:
                 for size in sizes if world.unit == "policies" else peers:
                     lanes += _lanes(undo, injector, layouts, world, size)
             with pinned():
@@ -217,7 +219,7 @@ def _growth(lanes: Sequence[Lane], traffic: str) -> Iterator[Row]:
                 continue
             growth = least(last.runs[traffic]) / least(first.runs[traffic])
             params = _params(last)
-            if layout.mode != "none":
+            if layout.mode != "none" and world.unit == "policies":
                 params["at most"] = ESTABLISHED_TARGET if traffic == ESTABLISHED else TARGETS[layout.name]
             yield Row(traffic, layout.mode, params, f"growth from {first.size}", growth, "times")
 

@@ -34,13 +34,19 @@ BENCHMARKS: dict[str, str] = {
     "overlay": "bench.overlay",
     "pod-attachment": "bench.pod_attachment",
     "cni-add": "bench.cni_add",
+    "policy-verdict": "bench.policy_verdict",
+    "policy-connect": "bench.policy_connect",
+    "policy-change": "bench.policy_change",
 }
 """Name on the command line -> module with a ``measure``."""
+
+GROUPS: dict[str, tuple[str, ...]] = {"policy": ("policy-verdict", "policy-connect", "policy-change")}
+"""Names for several benchmarks at once; their results are a list."""
 
 BY_NAME_ONLY = frozenset({"ipvs-in-vm"})
 """Benchmarks that take too long to be run unasked."""
 
-WITHOUT_SERVICES = frozenset({"lab-up", "overlay", "pod-attachment", "cni-add"})
+WITHOUT_SERVICES = frozenset({"lab-up", "overlay", "pod-attachment", "cni-add", *GROUPS["policy"]})
 """Benchmarks whose size is not a number of Services."""
 
 
@@ -52,7 +58,7 @@ class Benchmark(Protocol):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run one benchmark or, without a name, all that are not too long: then one that cannot run is named, and the others still do. Raises Usage, Failed."""
+    """Run one benchmark, a group or, without a name, all that are not too long: of several, one that cannot run is named, and the others still do. Raises Usage, Failed."""
     names = _names(args.name, args.services)
     options = Options(services=args.services, modes=_modes(args.mode))
     results: list[Result] = []
@@ -61,11 +67,11 @@ def run(args: argparse.Namespace) -> int:
         try:
             results.append(_measure(name, options, args))
         except Failed as error:
-            if args.name:
+            if args.name in BENCHMARKS:
                 raise
             print(f"nodeplane: {error}", file=sys.stderr)
     if args.output == "json":
-        answer = results[0] if args.name else results
+        answer = results[0] if args.name in BENCHMARKS else results
         print(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode())
     return 0 if len(results) == len(names) else 1
 
@@ -86,11 +92,12 @@ def _names(stated: str | None, services: int | None) -> list[str]:
         raise Usage(f"--services: must be at least 1, is {services}")
     if stated is None:
         return [name for name in BENCHMARKS if name not in BY_NAME_ONLY]
-    if stated not in BENCHMARKS:
-        raise Usage(f"bench: must be one of {', '.join(BENCHMARKS)}, is {stated!r}")
-    if stated in WITHOUT_SERVICES and services is not None:
+    names = GROUPS.get(stated, (stated,))
+    if not BENCHMARKS.keys() >= {*names}:
+        raise Usage(f"bench: must be one of {', '.join((*BENCHMARKS, *GROUPS))}, is {stated!r}")
+    if services is not None and WITHOUT_SERVICES.intersection(names):
         raise Usage(f"--services: {stated} has nodes and pods, and no number of Services")
-    return [stated]
+    return list(names)
 
 
 def _modes(stated: str | None) -> tuple[str, ...]:

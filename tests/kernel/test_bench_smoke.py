@@ -18,6 +18,9 @@ from bench import (
     overlay,
     packet_cost,
     pod_attachment,
+    policy_change,
+    policy_connect,
+    policy_verdict,
     services_change,
     services_full,
 )
@@ -36,6 +39,13 @@ TINY = {
     "overlay": (overlay, {"rounds": 1, "times": overlay.Times(stream=60, flood=60, ping=200)}, None),
     "pod-attachment": (pod_attachment, {"rounds": 1, "flood": 100}, None),
     "cni-add": (cni_add, {"rounds": 2, "together": 2}, None),
+    "policy-verdict": (
+        policy_verdict,
+        {"rounds": 1, "budget": 0.5, "sizes": (1, 2), "worlds": (policy_verdict.ONE_POD,)},
+        None,
+    ),
+    "policy-connect": (policy_connect, {"rounds": 1, "connects": 5, "number": 3}, None),
+    "policy-change": (policy_change, {"changes": 1, "sizes": (20,)}, None),
     "ipvs-in-vm": (ipvs_in_vm, {"rounds": 1, "packets": 64, "native": True}, 4),  # its virtual machine takes a minute
 }
 
