@@ -97,12 +97,17 @@ class PolicyAgent(MeasuredAgent):
         return NodeKernel(netfilter, policies=IpsetReconciler(_CountingSets(written), ownership, "policies"))
 
     def change(self) -> tuple[Work, Counted]:
-        """Take in what has changed on disk since; return what it cost, and what the renderer said may differ."""
+        """Take in what has changed on disk since; return what it cost, and what the renderer said may differ.
+
+        Sets that no rule refers to any more are destroyed afterwards, as an agent does within a second: no change finds those of an earlier one.
+        """
         work = self.follow()
         desired = self.agent.desired
         assert desired is not None
         assert desired.policy_change is not None, "no policy or pod has changed"
         update = desired.policy_change
+        if self.agent.kernel.drifted():
+            self.agent.sync()
         tables = update.tables.values()
         return work, Counted(
             chains=len(update.chains) + sum(len(table.chains) for table in tables),
