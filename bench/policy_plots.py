@@ -18,17 +18,17 @@ LOOKS = {
 """Colour and line of each way to write policies."""
 GREY = "#8a8a8a"
 CLUSTERS = {
-    "one pod": ("policies", "policies that all select one pod"),
+    "one pod": ("policies", "policies of one pod"),
     "full node": ("policies", "policies over 110 pods"),
-    "peers": ("peers", "pods that one policy lets in"),
-    "blocks": ("blocks", "address blocks that one policy lets in"),
+    "peers": ("peers", "peers of one policy"),
+    "blocks": ("blocks", "blocks of one policy"),
 }
 
 
 def draw_verdict(figure: Any, rows: Sequence[Row]) -> None:
     """Draw new connections above, open ones below, a column for each cluster."""
     costs = [row for row in rows if row.metric == "CPU per packet"]
-    axes = figure.subplots(2, len(CLUSTERS), sharey=True)
+    axes = figure.subplots(2, len(CLUSTERS), sharey="row")
     for line, (traffic, words) in zip(axes, (("new, any client", "new"), ("established", "open")), strict=True):
         for place, (name, (unit, title)) in zip(line, CLUSTERS.items(), strict=True):
             own = [row for row in costs if row.name == traffic]
@@ -48,7 +48,7 @@ def _costs(axes: Any, rows: Sequence[Row], cluster: str, unit: str) -> None:
     for way, style in (("conntrack", ":"), ("none", "--")):
         level = next(row.value for row in rows if row.params["way"] == way)
         axes.axhline(level, color=GREY, ls=style, lw=1.5, label=f"{way} alone" if way == "conntrack" else "no rule")
-    axes.set(xscale="log", yscale="log")
+    axes.set(xscale="log", yscale="log", ylim=(500, None))
     axes.set_xticks(sizes)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
@@ -69,7 +69,7 @@ def draw_connect(figure: Any, rows: Sequence[Row]) -> None:
     targets = [float(row.params["at most"]) for row in own if "at most" in row.params]
     if targets:
         axes.axvline(targets[0] * own[0].value, color="black", ls="--", lw=1, label=f"target: {targets[0]:g} times none")
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8, loc="upper right")
     policies = next(row.params["policies"] for row in own if "policies" in row.params)
     axes.set(xlabel="us", title=f"TCP connect() to a pod that {policies} policies select")
     axes.invert_yaxis()
