@@ -97,7 +97,9 @@ class Targets:
 
 
 def _pod_selector(policy: Stated | None) -> LabelSelector | None:
-    return policy.subject.pod_selector if isinstance(policy, ClusterNetworkPolicy) else policy and policy.pod_selector
+    if isinstance(policy, ClusterNetworkPolicy):
+        return policy.subject.pod_selector
+    return policy.pod_selector if policy is not None else None
 
 
 def _is_about(policy: Stated, pod: Pod, namespaces: Mapping[str, Namespace]) -> bool:
