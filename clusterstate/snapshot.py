@@ -101,6 +101,8 @@ class Update(msgspec.Struct, frozen=True):
     """Services to compile again: those changed themselves and those whose slices did. None: all."""
     generation: str = ""
     """What a file source's ``.generation`` file says: its writer's own number for this state, echoed once programmed."""
+    kept: str = ""
+    """Where the snapshot comes from while its source has not answered: from when it is, where it was kept, and why. Empty: it has."""
 
     def after(self, earlier: Update) -> Update:
         """Return this update as seen by somebody who did not see ``earlier``."""

@@ -302,6 +302,7 @@ class Agent:
             synced=not pending and not errors,
             generation=update.generation,
             revision=update.snapshot.revision,
+            kept=update.kept,
             last_sync=time.time(),
             services=len(self.pipeline.compiler.entries),
             endpoints=self.pipeline.endpoints,

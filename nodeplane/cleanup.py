@@ -18,6 +18,7 @@ from kernelstate.reconcile_links import LinkReconciler
 from nodeplane import pod_gate
 from nodeplane.commands import Failed
 from nodeplane.host_kernel import FORWARDER, VARIANTS, other_modes, overlay_tables, policy_sets, policy_tables, tunnel_programs
+from nodeplane.kept_objects import OBJECTS_FILE
 from nodeplane.lease_store import STATE_FILE as LEASE_FILE
 from nodeplane.pipeline import OWNERSHIP
 from nodeplane.status import LOCK_FILE, STATUS_FILE, AlreadyRunningError, read_status, take_lock
@@ -49,7 +50,7 @@ def run(_args: argparse.Namespace) -> int:
             SUBNET_FILE.parent.rmdir()
     # The key in etcd is the cluster's: it ends by itself, and until then keeps the subnet for this node.
     pod_gate.remove()
-    for file in (LEASE_FILE, STATUS_FILE, LOCK_FILE):
+    for file in (LEASE_FILE, OBJECTS_FILE, STATUS_FILE, LOCK_FILE):
         file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             file.parent.rmdir()

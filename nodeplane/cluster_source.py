@@ -4,6 +4,8 @@
     --kubeconfig F                  the server that a kubeconfig names
     neither, agent alone            services.clientConnection.kubeconfig, else the service account of the pod the agent runs in
 
+An agent keeps what a server said over a reboot (``kept_source.py``); files are kept by who writes them.
+
 What an agent asks of a server follows from its configuration: no pods where no policy is enforced, no other nodes without an overlay. A
 command that prints an answer asks for everything once, for it may be about any of it.
 """
@@ -11,16 +13,20 @@ command that prints an answer asks for everything once, for it may be about any 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlencode
 
 from clusterstate.snapshot import Update
 from clusterstate.sources.files import FileSource
 from clusterstate.sources.tree import SourceError
 from nodeplane.commands import Failed, Usage
 from nodeplane.config import NodeConfig
+from nodeplane.kept_objects import Identity
+from nodeplane.kept_source import KeptSource
 
 PATIENCE = 10.0
 """Seconds after which an agent that waits for its first snapshot says so, again and again."""
@@ -55,7 +61,8 @@ def open_source(args: argparse.Namespace, config: NodeConfig) -> ClusterSource:
     kubeconfig = args.kubeconfig or (Path(config.kubeconfig) if config.kubeconfig else None)
     if kubeconfig is None and not os.environ.get("KUBERNETES_SERVICE_HOST"):
         raise Usage("no objects: give --objects or --kubeconfig, or clientConnection.kubeconfig in the configuration")
-    return _Server(kubeconfig, config, None)
+    server = _Server(kubeconfig, config, None)
+    return KeptSource(server, Identity(config.node_name, server.name, server.resources))
 
 
 def read_once(args: argparse.Namespace, config: NodeConfig) -> Update:
@@ -95,7 +102,23 @@ class _Server:
         except ApiError as error:
             raise SourceError(str(error)) from error
         self._source = KubeSource(self._client, wanted)
-        self.fileno, self.poll, self.close = self._source.fileno, self._source.poll, self._source.close
+        self.fileno, self.poll, self.close, self.why = (
+            self._source.fileno,
+            self._source.poll,
+            self._source.close,
+            self._source.missing,
+        )
+        self.name = self._client.server
+        self.resources = tuple(r.path + ("?" + urlencode(r.selectors) if r.selectors else "") for r in wanted)
+        """What is asked for, as it is asked."""
+
+    def wait(self, seconds: float) -> Update | None:
+        """Return the first complete snapshot, None if it is not there in time."""
+        found = self._source.first()
+        if found is None and seconds:
+            with contextlib.suppress(self._error):
+                found = self._source.load(seconds)
+        return found
 
     def load(self) -> Update:
         """Wait for the first complete snapshot; as long as it takes, unless there is a time-out. Raises SourceError."""

@@ -57,6 +57,8 @@ class Status(msgspec.Struct, frozen=True):
     generation: str = ""
     """The objects' generation that is programmed (see clusterstate/sources/files.py)."""
     revision: int = 0
+    kept: str = ""
+    """Where the objects come from as long as the API server has not said everything: which time, which file, and why."""
     last_sync: float = 0.0
     services: int = 0
     endpoints: int = 0
@@ -186,6 +188,8 @@ def status_lines(status: Status, *, running: bool) -> list[str]:
         f"          {status.services} Services, {status.endpoints} endpoints: {_written(status)}",
         f"state     {state}, last written {time.time() - status.last_sync:.0f} s ago",
     ]
+    if status.kept:
+        lines.append(f"objects   {status.kept}")
     if status.overlay:
         engine = f", {status.engine} engine ({status.engine_reason})" if status.engine else ""
         lines.append(f"overlay   {status.overlay}{engine}, {len(status.peers)} peers")

@@ -91,26 +91,38 @@ class KubeSource:
         Raises ApiError after ``timeout`` seconds; asked again, it goes on waiting.
         """
         until = None if timeout is None else time.monotonic() + timeout
-        self._start()
-        files = self._pending
-        while len(self._complete) < len(self._wanted):
+        while (found := self.first()) is None:
             if until is not None and time.monotonic() > until:
-                missing = [resource.kind for resource in self._wanted if resource not in self._complete]
-                words = "; ".join(sorted({text for text in self._troubles.values() if text})) or "no answer"
-                raise ApiError(0, f"no complete list of {', '.join(missing)} after {timeout:g} s: {words}")
-            try:
-                self._take(self._news.get(timeout=0.2), files)  # a signal is handled at least this often
-            except queue.Empty:
-                continue
-        self._drain(files)
+                raise ApiError(0, self.missing(f" after {timeout:g} s"))
+            with contextlib.suppress(queue.Empty):
+                self._take(self._news.get(timeout=0.2), self._pending)  # a signal is handled at least this often
+        return found
+
+    def first(self) -> Update | None:
+        """Return the first complete snapshot if the server has said all by now. To be asked until it has; then ``poll`` follows."""
+        self._start()
+        self._drain(self._pending)
+        if len(self._complete) < len(self._wanted):
+            return None
         with gc_paused():
-            self._holdings.replace(files)
+            self._holdings.replace(self._pending)
         self._pending = {}
         return self._update(None, None)
 
+    def missing(self, when: str = "") -> str:
+        """Say what of the first snapshot is missing (and when), and why."""
+        kinds = [resource.kind for resource in self._wanted if resource not in self._complete]
+        words = "; ".join(sorted({text for text in self._troubles.values() if text})) or "no answer"
+        return f"no complete list of {', '.join(kinds)}{when}: {words}"
+
     def _start(self) -> None:
-        if self._threads:
-            return
+        """Begin to follow; does not wait for the server."""
+        if not self._threads:
+            thread = threading.Thread(target=self._follow, name="list and watch", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _follow(self) -> None:
         streams = self._has_streams()
         for resource in self._wanted:
             reflector = Reflector(self._api, resource, self._tell, self._stop, streams=streams)
