@@ -5,7 +5,7 @@
 
 Only Services of type LoadBalancer with externalTrafficPolicy Local have such a port. Each family answers for itself, with its
 own endpoints: an IPv6 load balancer is not told of IPv4 pods. Decides who answers where, what, and how it is written; sockets
-are ``nodeplane/health.py``. Source: kube-proxy 1.36's answers, byte for byte.
+are ``nodeplane/http_ports.py``. Source: kube-proxy 1.36's answers, byte for byte.
 """
 
 from __future__ import annotations

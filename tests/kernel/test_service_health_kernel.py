@@ -8,7 +8,7 @@ from http.client import HTTPConnection
 import pytest
 from service_node import eventually
 
-from nodeplane import health
+from nodeplane import http_ports
 from nodeplane.health import HealthServers
 from proxy.health import HealthEndpoint
 
@@ -131,8 +131,8 @@ def test_only_at_its_places(servers):
 
 def test_slow_clients_hold_nobody(servers, monkeypatch):
     """More clients that say nothing than there is room for, and some that stop half-way, keep nobody waiting; all are let go."""
-    monkeypatch.setattr(health, "CLIENTS", 20)
-    monkeypatch.setattr(health, "TIMEOUT", 0.5)
+    monkeypatch.setattr(http_ports, "CLIENTS", 20)
+    monkeypatch.setattr(http_ports, "TIMEOUT", 0.5)
     servers.set(endpoints(web=(32000, 1)), EVERYWHERE)
     silent = [socket.create_connection(("127.0.0.1", 32000), timeout=TIMEOUT) for _ in range(30)]
     try:
@@ -180,5 +180,5 @@ def test_thousands_of_ports(servers):
         servers.set({}, EVERYWHERE)
         assert refuses(20000)
     finally:
-        eventually(lambda: servers._clients == {})
+        eventually(lambda: servers.ports._clients == {})
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

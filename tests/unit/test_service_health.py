@@ -9,7 +9,7 @@ from immutables import Map
 
 from clusterstate.objects import Endpoint, EndpointPort, EndpointSlice, Service, ServicePort
 from kernelstate.objects.address import Prefix
-from nodeplane.health import _stays_open
+from nodeplane.http_ports import _stays_open
 from proxy.compile import SERVICE_PROXY_NAME
 from proxy.health import HealthEndpoint, answer, health_places, service_health
 from proxy.settings import NodeFacts, ProxySettings
