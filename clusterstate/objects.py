@@ -127,6 +127,8 @@ class EndpointSlice(msgspec.Struct, frozen=True, gc=False):
     ports: tuple[EndpointPort, ...] = ()
     mirrored: bool = False
     labels: Labels = NO_LABELS
+    changed_at: str = ""
+    """When a pod or the Service changed and this with it, as RFC 3339 has it (``last-change-trigger-time``); may be anything."""
 
     @property
     def ref(self) -> ObjectRef:

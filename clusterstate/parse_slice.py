@@ -25,10 +25,12 @@ from clusterstate.fields import Subject
 from clusterstate.objects import Endpoint, EndpointPort, EndpointSlice, IPAddress
 
 SERVICE_NAME = "kubernetes.io/service-name"
+CHANGED_AT = "endpoints.kubernetes.io/last-change-trigger-time"
 SKIP_MIRROR = "endpointslice.kubernetes.io/skip-mirror"
 LEADER = "control-plane.alpha.kubernetes.io/leader"
 _FAMILIES: dict[str | None, Literal[4, 6]] = {"IPv4": 4, "IPv6": 6}
 _NO_HINTS: frozenset[str] = frozenset()
+_NO_NOTES: dict[str, str] = {}
 _NO_CONDITIONS = wire.Conditions()
 
 
@@ -40,7 +42,11 @@ def parse_slice(w: wire.EndpointSlice, at: Subject) -> tuple[EndpointSlice, ...]
         return ()
     labels = (w.metadata and w.metadata.labels) or {}
     service, endpoints, ports = intern(labels.get(SERVICE_NAME, "")), _endpoints(w.endpoints or (), family, at), _ports(w.ports)
-    return (EndpointSlice(at.namespace, at.name, service, family, endpoints, ports, labels=fields.labels(labels)),)
+    changed_at = ((w.metadata and w.metadata.annotations) or _NO_NOTES).get(CHANGED_AT, "")
+    made = EndpointSlice(
+        at.namespace, at.name, service, family, endpoints, ports, labels=fields.labels(labels), changed_at=changed_at
+    )
+    return (made,)
 
 
 def _endpoints(stated: Sequence[wire.Endpoint], family: int, at: Subject) -> tuple[Endpoint, ...]:

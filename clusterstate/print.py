@@ -6,7 +6,7 @@ that an Endpoints object became has no manifest of its own and is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from clusterstate.objects import (
@@ -23,7 +23,7 @@ from clusterstate.objects import (
     Service,
     ServiceCIDR,
 )
-from clusterstate.parse_slice import SERVICE_NAME
+from clusterstate.parse_slice import CHANGED_AT
 
 Manifest = dict[str, Any]
 _FAMILY = {4: "IPv4", 6: "IPv6"}
@@ -37,14 +37,13 @@ def print_object(one: KubernetesObject) -> Manifest:
     return {"apiVersion": version, "kind": type(one).__name__, **make(one)}
 
 
-def _metadata(one: Any, more: Mapping[str, str] | None = None) -> Manifest:
+def _metadata(one: Any) -> Manifest:
     found: Manifest = {"name": one.name}
     if namespace := getattr(one, "namespace", ""):
         found["namespace"] = namespace
-    for field, held in (("labels", getattr(one, "labels", None)), ("annotations", getattr(one, "annotations", None))):
-        stated = {**(held or {}), **((more or {}) if field == "labels" else {})}
-        if stated:
-            found[field] = stated
+    for field in ("labels", "annotations"):
+        if held := getattr(one, field, None):
+            found[field] = dict(held)
     if getattr(one, "deleting", False):
         found["deletionTimestamp"] = _GONE
     return found
@@ -90,8 +89,11 @@ def _service(one: Service) -> Manifest:
 def _slice(one: EndpointSlice) -> Manifest:
     if one.mirrored:
         raise ValueError(f"{one.ref}: was made from an Endpoints object, and is no object itself")
+    metadata = _metadata(one)
+    if one.changed_at:
+        metadata["annotations"] = {CHANGED_AT: one.changed_at}
     return {
-        "metadata": _metadata(one, {SERVICE_NAME: one.service} if one.service else None),
+        "metadata": metadata,
         "addressType": _FAMILY[one.family],
         "endpoints": [_endpoint(e) for e in one.endpoints],
         "ports": [{"name": p.name, "protocol": p.protocol, "port": p.port} for p in one.ports],

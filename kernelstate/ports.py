@@ -17,6 +17,8 @@ class SyncReport(msgspec.Struct, frozen=True):
     part: str
     changed: int = 0
     errors: tuple[str, ...] = ()
+    seconds: float = 0.0
+    """How long it took, where somebody looked at the clock."""
 
     @property
     def ok(self) -> bool:

@@ -24,9 +24,11 @@ import msgspec
 from clusterstate.objects import Node
 from clusterstate.snapshot import Name, Update
 from netpolicy.table import PolicyTable, is_of_cluster
+from nodeplane.attendant import Attendant, Round
 from nodeplane.denied import DeniedLogger
 from nodeplane.flows import FlowKeeper
-from nodeplane.kernel import NodeKernel
+from nodeplane.kernel import NodeKernel, timed
+from nodeplane.node_servers import Health
 from nodeplane.pipeline import Desired, HostFacts, Pipeline
 from nodeplane.pod_gate import PodGate
 from nodeplane.policy_flows import PolicyFlows
@@ -48,6 +50,10 @@ RESTS, LONGEST_REST = 4, 1.0
 programmed at once while that is cheap, and a burst takes a fifth of a core; kube-proxy always waits the second."""
 RETRY = 2.0
 """Seconds after which what failed is tried again."""
+
+
+LEAVING = "ToBeDeletedByClusterAutoscaler"
+"""The taint of a Node that is about to be taken away."""
 
 
 class Source(Protocol):
@@ -98,6 +104,7 @@ class Agent:
         health: HealthPort | None = None,
         gate: PodGate | None = None,
         denied: DeniedLogger | None = None,
+        attendants: Sequence[Attendant] = (),
         publish: Callable[[Status], None],
         alive: Callable[[], None] = lambda: None,
         status: Status,
@@ -106,6 +113,7 @@ class Agent:
         self.pipeline, self.source, self.host = pipeline, source, host
         self.kernel, self.flows, self.policy_flows, self.health = kernel, flows, policy_flows, health
         self.gate, self.denied = gate, denied
+        self.attendants = list(attendants)
         self.publish, self.status, self.alive = publish, status, alive
         self.watched = tuple(watched)
         """Descriptors that become readable when a reconciler may have drifted."""
@@ -113,6 +121,9 @@ class Agent:
         self._update: Update | None = None
         self._facts = HostFacts()
         self._failing_since: float | None = None
+        self._turned = time.monotonic()
+        self._is_full = True
+        """Whether the next write compares everything."""
         self._host_errors: tuple[str, ...] = ()
         self._last_end = self._took = 0.0
         self._next_verify = 0.0
@@ -143,6 +154,8 @@ class Agent:
         if self.policy_flows is not None and desired.policies is not None and desired.policy_change is not None:
             self.policy_flows.take(desired.policies, desired.policy_change.meaning)
         self.kernel.set_desired(desired)
+        for attendant in self.attendants:
+            attendant.taken(update, desired)
         if before is None or before.peers != desired.peers or before.families != desired.families:
             self._host_errors = tuple(self.host.prepare(desired))
 
@@ -153,7 +166,8 @@ class Agent:
             self._host_errors = tuple(self.host.prepare(self.desired))
         reports = self.kernel.sync()
         if self.flows is not None and all(r.ok for r in reports if r.part != "links"):
-            reports.append(self.flows.sync(frozenset(self._facts.local_addresses), time.monotonic()))
+            flows, local = self.flows, frozenset(self._facts.local_addresses)
+            reports.append(timed(lambda: flows.sync(local, time.monotonic())))
         if self.policy_flows is not None and all(r.ok for r in reports if r.part in self.kernel.policy_parts):
             reports.append(self.policy_flows.sync(frozenset(self._facts.local_addresses)))
             if self.gate is not None and self._update is not None:
@@ -169,6 +183,10 @@ class Agent:
         self._retry_at = self._last_end + RETRY if errors else None
         self._failing_since = (self._failing_since or now) if errors else None
         self._publish(errors)
+        made = Round(time.perf_counter() - started, tuple(reports), errors, self._is_full, self.status)
+        self._is_full = False
+        for attendant in self.attendants:
+            attendant.synced(made)
         return not errors
 
     def _open_health_ports(self) -> list[str]:
@@ -183,9 +201,15 @@ class Agent:
         self.publish(self.status)
 
     def is_healthy(self) -> bool:
-        """Whether Services are kept up to date: nothing has been failing for twice the sync period. Safe from any thread."""
-        since = self._failing_since
-        return since is None or time.monotonic() - since < 2 * self.pipeline.config.sync_period
+        """Whether Services are kept up to date: for twice the sync period nothing has been failing or stuck. Safe from any thread."""
+        since = min(self._turned, self._failing_since or self._turned)
+        return time.monotonic() - since < 2 * self.pipeline.config.sync_period
+
+    def node_health(self) -> Health:
+        """Return how this node is. Safe from any thread."""
+        node, status = self._node(self._update), self.status
+        eligible = node is not None and not node.deleting and LEAVING not in node.taints
+        return Health(self.is_healthy(), eligible, status.last_good, tuple(f for f in (4, 6) if f in status.families))
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -198,6 +222,9 @@ class Agent:
             poller.register(descriptor, select.POLLIN)
         waiting = False
         while not stop():
+            self._turned = time.monotonic()
+            for attendant in self.attendants:
+                attendant.turn()
             ready = {fd for fd, _ in poller.poll(1000 * self._seconds_until_due(waiting))}
             self.alive()
             if wake in ready:
@@ -260,6 +287,7 @@ class Agent:
             return now >= self._retry_at
         if now >= self._next_verify:
             self.kernel.forget()
+            self._is_full = True
             return True
         if self._flows_due(now):
             return True
@@ -285,7 +313,8 @@ class Agent:
         assert update is not None
         assert desired is not None
         before, lease = self.status, self._facts.lease
-        problems = (*desired.problems, *(lease.problems if lease is not None else ()))
+        own = (line for attendant in self.attendants for line in attendant.problems())
+        problems = (*desired.problems, *(lease.problems if lease is not None else ()), *own)
         object_errors = tuple(str(e) for e in update.errors)
         for level, old, new in (
             (logging.ERROR, before.errors, errors),
@@ -304,6 +333,7 @@ class Agent:
             revision=update.snapshot.revision,
             kept=update.kept,
             last_sync=time.time(),
+            last_good=before.last_good if errors else time.time(),
             services=len(self.pipeline.compiler.entries),
             endpoints=self.pipeline.endpoints,
             chains=len(desired.ruleset.chains),

@@ -26,6 +26,15 @@ import yaml
 from kernelstate.objects.address import Prefix
 from netpolicy.render.denied import DeniedLog
 from nodeplane.config_fields import ConfigError, Strict, decode_section, prefix_at, seconds_at
+from nodeplane.config_node import (
+    ConntrackOptions,
+    LogOptions,
+    ServerOptions,
+    read_conntrack,
+    read_logging,
+    read_oom_score,
+    read_servers,
+)
 from nodeplane.config_overlay import OverlayOptions, read_overlay
 from proxy.modes import TRAITS
 from proxy.settings import FlowFate, ProxySettings
@@ -77,7 +86,7 @@ class DetectLocalSection(Strict, frozen=True):
 
 
 class ConntrackSection(Strict, frozen=True):
-    """``conntrack``: only ``tcpBeLiberal`` decides a rule; the others are sysctls."""
+    """``conntrack``: ``tcpBeLiberal`` decides a rule as well; all are sysctls."""
 
     max_per_core: int | None = None
     min: int | None = None
@@ -114,17 +123,17 @@ class ServicesSection(Strict, frozen=True):
     nftables: NftablesSection = NftablesSection()
     conntrack: ConntrackSection = ConntrackSection()
     client_connection: ClientConnectionSection = ClientConnectionSection()
-    # What follows is kube-proxy's and decides nothing in the modes there are; stating it is allowed and answered in the log.
-    feature_gates: dict[str, bool] | None = None
     logging: dict[str, Any] | None = None
     bind_address: str | None = None
     healthz_bind_address: str | None = None
     metrics_bind_address: str | None = None
     bind_address_hard_fail: bool | None = None
+    oom_score_adj: int | None = None
+    # What follows is kube-proxy's and decides nothing in the modes there are; stating it is allowed and answered in the log.
+    feature_gates: dict[str, bool] | None = None
     enable_profiling: bool | None = None
     show_hidden_metrics_for_version: str | None = None
     winkernel: dict[str, Any] | None = None
-    oom_score_adj: int | None = None
     config_sync_period: str | None = None
     port_range: str | None = None
     windows_run_as_service: bool | None = None
@@ -132,28 +141,14 @@ class ServicesSection(Strict, frozen=True):
 
 _UNUSED = [
     "feature_gates",
-    "logging",
-    "bind_address",
-    "healthz_bind_address",
-    "metrics_bind_address",
-    "bind_address_hard_fail",
     "enable_profiling",
     "show_hidden_metrics_for_version",
     "winkernel",
-    "oom_score_adj",
     "config_sync_period",
     "port_range",
     "windows_run_as_service",
 ]
 _UNUSED_CONNECTION = ["accept_content_types", "content_type", "qps", "burst"]
-_UNUSED_CONNTRACK = [
-    "max_per_core",
-    "min",
-    "tcp_established_timeout",
-    "tcp_close_wait_timeout",
-    "udp_timeout",
-    "udp_stream_timeout",
-]
 
 
 class ServiceOptions(Strict, frozen=True):
@@ -185,6 +180,11 @@ class NodeConfig(msgspec.Struct, frozen=True):
     iptables_variant: Literal["auto", "legacy", "nft"] = "auto"
     kubeconfig: str = ""
     """The file that says how to reach the API server, where the command line does not."""
+    servers: ServerOptions = ServerOptions()
+    conntrack: ConntrackOptions = ConntrackOptions()
+    logs: LogOptions = LogOptions()
+    oom_score: int | None = None
+    """How readily the kernel ends the agent when memory runs out, -1000 to 1000; None: as it was started."""
     notes: tuple[str, ...] = ()
     """Fields that were stated and change nothing here: one line each for the log."""
 
@@ -256,6 +256,10 @@ def _build(raw: Mapping[str, Any], section: ServicesSection, at: str, node_name:
         policy_log=policy_log,
         iptables_variant=variant,
         kubeconfig=section.client_connection.kubeconfig,
+        servers=read_servers(section, at),
+        conntrack=read_conntrack(section.conntrack, at),
+        logs=read_logging(section.logging, at),
+        oom_score=read_oom_score(section.oom_score_adj, at),
         notes=_notes(section, at) + (overlay_options.notes if overlay_options else ()),
     )
 
@@ -387,11 +391,9 @@ def _notes(section: ServicesSection, at: str) -> tuple[str, ...]:
     """Name the fields that were stated and have no effect here, so that nobody waits for one."""
     stated = [name for name in _UNUSED if getattr(section, name) is not None]
     connection = [name for name in _UNUSED_CONNECTION if getattr(section.client_connection, name) is not None]
-    conntrack = [name for name in _UNUSED_CONNTRACK if getattr(section.conntrack, name) is not None]
     paths = [
         *(_camel(name) for name in stated),
         *(f"clientConnection.{_camel(name)}" for name in connection),
-        *(f"conntrack.{_camel(name)}" for name in conntrack),
     ]
     return tuple(f"{at}{path} is stated and changes nothing in this version" for path in paths)
 

@@ -20,7 +20,7 @@ from clusterstate.snapshot import Update
 from clusterstate.sources.tree import SourceError
 from kernelstate.errors import KernelStateError
 from kernelstate.linux.conntrack import Conntrack
-from nodeplane import pod_gate
+from nodeplane import logs, pod_gate
 from nodeplane.agent import Agent
 from nodeplane.cluster_source import ClusterSource, open_source
 from nodeplane.commands import Failed, Usage
@@ -38,6 +38,7 @@ from nodeplane.pipeline import Pipeline
 from nodeplane.pod_gate import PodGate
 from nodeplane.policy_flows import PolicyFlows
 from nodeplane.status import AlreadyRunningError, Status, take_lock, write_status
+from nodeplane.watchers import Watchers
 
 log = logging.getLogger("nodeplane")
 
@@ -49,26 +50,29 @@ def run(args: argparse.Namespace) -> int:
         source = open_source(args, config)
     except (ConfigError, SourceError) as error:
         raise Usage(str(error)) from error
-    with contextlib.closing(source):
+    logs.set_up(config.logs, verbose=args.verbose)
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(contextlib.closing(source))
+        try:
+            undo.callback(os.close, take_lock())
+        except (AlreadyRunningError, OSError) as error:
+            raise Failed(str(error)) from error
+        watchers = Watchers(config)
+        undo.callback(watchers.close)
+        watchers.open()
         try:
             first = source.load()
         except SourceError as error:
             raise Usage(str(error)) from error
         try:
-            lock = take_lock()
-        except (AlreadyRunningError, OSError) as error:
-            raise Failed(str(error)) from error
-        try:
-            _follow(config, source, first, args)
+            _follow(config, source, first, args, watchers)
         except KernelStateError as error:
             raise Failed(str(error)) from error
-        finally:
-            os.close(lock)
     log.info("stopped; the kernel goes on forwarding as it is")
     return 0
 
 
-def _follow(config: NodeConfig, source: ClusterSource, first: Update, args: argparse.Namespace) -> None:
+def _follow(config: NodeConfig, source: ClusterSource, first: Update, args: argparse.Namespace, watchers: Watchers) -> None:
     """Run the agent until a signal ends it, or replaces it."""
     caught: list[int] = []
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -83,6 +87,7 @@ def _follow(config: NodeConfig, source: ClusterSource, first: Update, args: argp
     keeper = LeaseKeeper(config.overlay, config.node_name) if config.overlay and config.overlay.etcd else None
     notifier = Notifier()
     agent = build_agent(config, source, expected_chains(first), keeper, notifier)
+    watchers.watch(agent)
     if keeper is not None:
         keeper.start()
     try:

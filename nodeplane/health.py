@@ -30,7 +30,8 @@ class HealthServers:
         self._endpoints = {(e.service, e.family): e for group in endpoints.values() for e in group}
         failed = self.ports.set(place for e in self._endpoints.values() for place in _places(e, places))
         return [
-            f"{ObjectRef('Service', *place.owner)}: healthCheckNodePort {place.port}: {failed[place]}" for place in sorted(failed)
+            f"{ObjectRef('Service', *place.owner)}: healthCheckNodePort {place.port}: {failed[place]}"
+            for place in sorted(failed)
         ]
 
     def close(self) -> None:

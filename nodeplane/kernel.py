@@ -16,8 +16,11 @@ its mode answers all the time, and nothing of the old mode is left.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
 
 from kernelstate.diff_ipvs import IpvsOwnership
 from kernelstate.errors import KernelStateError
@@ -139,7 +142,7 @@ class NodeKernel:
 
     def sync(self) -> list[SyncReport]:
         """Write what differs, part by part, then empty what is retired."""
-        reports = [part.sync() for part in self.parts]
+        reports = [timed(part.sync) for part in self.parts]
         if self.retired and all(report.ok for report in reports):
             reports += self._retire()
         return reports
@@ -149,7 +152,7 @@ class NodeKernel:
         reports = []
         for part in tuple(self.retired):
             try:
-                report = part.cleanup()
+                report = timed(part.cleanup)
             except KernelStateError as error:
                 report = SyncReport(part.part, 0, (str(error),))
             if report.ok:
@@ -172,3 +175,10 @@ class NodeKernel:
         for part in (self.netfilter, self.policies, self.forwarder, self.overlay_tables, self.nftables, *(self.ipvs or ())):
             if part is not None:
                 part.forget()
+
+
+def timed(write: Callable[[], SyncReport]) -> SyncReport:
+    """Return what a write reports, and how long it took."""
+    started = time.perf_counter()
+    report = write()
+    return msgspec.structs.replace(report, seconds=time.perf_counter() - started)

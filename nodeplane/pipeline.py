@@ -198,6 +198,10 @@ class Pipeline:
             policy_change=policy_change,
         )
 
+    def chains(self) -> list[tuple[ChainKey, tuple[Rule, ...]]]:
+        """Return the chains of ours with their rules, as they are at this moment. Safe from any thread."""
+        return list(self._chains.copy().items())
+
     @property
     def endpoints(self) -> int:
         """Endpoints that some Service can reach from here."""

@@ -88,6 +88,10 @@ class PodGate:
         """Return a descriptor that is readable when somebody has asked."""
         return self._event
 
+    def told(self) -> int:
+        """Return of how many pods the addresses are known from what plugins told alone. Safe from any thread."""
+        return len(self._told)
+
     # -- questions -----------------------------------------------------------------------------------------------------
 
     def _accept(self, listener: socket.socket) -> None:

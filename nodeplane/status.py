@@ -60,6 +60,8 @@ class Status(msgspec.Struct, frozen=True):
     kept: str = ""
     """Where the objects come from as long as the API server has not said everything: which time, which file, and why."""
     last_sync: float = 0.0
+    last_good: float = 0.0
+    """When a write last had no error."""
     services: int = 0
     endpoints: int = 0
     chains: int = 0

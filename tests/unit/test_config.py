@@ -5,6 +5,7 @@ import pytest
 from kernelstate.objects.address import Prefix
 from nodeplane.config import load_config, parse_config
 from nodeplane.config_fields import ConfigError
+from nodeplane.config_node import Bind, ConntrackOptions, LogOptions, ServerOptions
 from nodeplane.config_overlay import read_overlay
 
 NODE = {"apiVersion": "nodeplane.dev/v1alpha1", "kind": "NodeConfiguration", "nodeName": "n1"}
@@ -39,10 +40,8 @@ def test_plain_kube_proxy_configuration():
     assert settings.cluster_cidrs == (Prefix.parse("10.244.0.0/16"), Prefix.parse("fd00:10:244::/56"))
     assert (settings.mark, settings.masquerade_all, settings.tcp_be_liberal) == (1 << 10, True, True)
     assert (settings.node_port_addresses, settings.detect_local_mode) == ("primary", "BridgeInterface")
-    assert config.notes == (
-        "clientConnection.qps is stated and changes nothing in this version",
-        "conntrack.maxPerCore is stated and changes nothing in this version",
-    )
+    assert config.notes == ("clientConnection.qps is stated and changes nothing in this version",)
+    assert config.conntrack == ConntrackOptions(max_per_core=32768, tcp_be_liberal=True)
 
 
 def test_overlay_section():
@@ -153,3 +152,55 @@ def test_refuses_a_wrong_overlay(overlay, words):
     with pytest.raises(ConfigError) as caught:
         read_overlay({"Network": "10.244.0.0/16", **overlay})
     assert str(caught.value).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, ServerOptions()),
+        ({"bindAddress": "::"}, ServerOptions(Bind("::", 10256), Bind("::1", 10249))),
+        ({"healthzBindAddress": "192.168.1.1"}, ServerOptions(healthz=Bind("192.168.1.1", 10256))),
+        ({"healthzBindAddress": ":0", "metricsBindAddress": "[::]:9"}, ServerOptions(Bind("0.0.0.0", 0), Bind("::", 9))),
+        ({"metricsBindAddress": "fd00::1"}, ServerOptions(metrics=Bind("fd00::1", 10249))),
+        (
+            {"metricsBindAddress": "[fd00::1]", "bindAddressHardFail": True},
+            ServerOptions(metrics=Bind("fd00::1", 10249), hard_fail=True),
+        ),
+    ],
+)
+def test_where_servers_listen(fields, expected):
+    """Addresses are taken with and without ports, of both families; port 0 is nowhere."""
+    assert parse_config(KUBE_PROXY | fields).servers == expected
+
+
+def test_what_is_about_the_agent_itself():
+    """Connection tracking, logs and the OOM score are taken as kube-proxy takes them."""
+    conntrack = {"min": 0, "tcpEstablishedTimeout": "2h", "tcpCloseWaitTimeout": "0s", "udpTimeout": "30s"}
+    raw = {"conntrack": conntrack, "logging": {"format": "json", "verbosity": 4, "flushFrequency": "5s"}, "oomScoreAdj": -999}
+    config = parse_config(KUBE_PROXY | raw)
+    assert config.conntrack == ConntrackOptions(least=0, tcp_established=7200.0, tcp_close_wait=0.0, udp=30.0)
+    assert (config.logs, config.oom_score) == (LogOptions("json", 4), -999)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"healthzBindAddress": "localhost:1"}, "services.healthzBindAddress: must be like 0.0.0.0:10256, is 'localhost:1'"),
+        ({"metricsBindAddress": "::1:99999x"}, "services.metricsBindAddress: must be like 127.0.0.1:10249"),
+        (
+            {"metricsBindAddress": "1.2.3.4:70000"},
+            "services.metricsBindAddress: the port must be between 0 and 65535, is 70000",
+        ),
+        ({"bindAddress": "all"}, "services.bindAddress: must be an address, is 'all'"),
+        ({"conntrack": {"min": -1}}, "services.conntrack.min: must not be negative, is -1"),
+        ({"conntrack": {"udpTimeout": "1"}}, "services.conntrack.udpTimeout: must be a duration such as 30s or 1m, is '1'"),
+        ({"logging": {"format": "xml"}}, "services.logging.format: invalid enum value 'xml' (is 'xml')"),
+        ({"logging": {"verbosity": -1}}, "services.logging.verbosity: must not be negative, is -1"),
+        ({"oomScoreAdj": 1001}, "services.oomScoreAdj: must be between -1000 and 1000, is 1001"),
+    ],
+)
+def test_what_is_wrong_about_the_agent_itself(fields, message):
+    """Each of these fields names its path and value when it is wrong."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(node(services=fields))
+    assert str(caught.value).startswith(message)
