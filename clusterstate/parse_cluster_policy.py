@@ -124,7 +124,7 @@ class _Reader:
 def _closed(rule: ClusterPolicyRule) -> ClusterPolicyRule:
     """Return a rule of a policy of which is not known when or for whom it is meant."""
     if rule.action == "Accept":
-        return msgspec.structs.replace(rule, peers=(NOBODY,))
+        return ClusterPolicyRule((NOBODY,))
     return msgspec.structs.replace(rule, action="Deny")
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from clusterstate.objects import (
+    ClusterNetworkPolicy,
+    ClusterPolicyRule,
     Endpoint,
     EndpointSlice,
     KubernetesObject,
@@ -19,10 +21,13 @@ from clusterstate.objects import (
     Node,
     Pod,
     PolicyPeer,
+    PolicyPort,
     PolicyRule,
     Service,
     ServiceCIDR,
 )
+from clusterstate.parse_cluster_policy import MOST
+from clusterstate.parse_policy import NOBODY
 from clusterstate.parse_slice import CHANGED_AT
 
 Manifest = dict[str, Any]
@@ -185,6 +190,49 @@ def _selector(selector: LabelSelector) -> Manifest:
     return {"matchExpressions": stated} if stated else {}
 
 
+def _cluster_policy(one: ClusterNetworkPolicy) -> Manifest:
+    spec = {
+        "tier": one.tier,
+        "priority": one.priority,
+        "subject": _pods(one.subject),
+        "ingress": [_cluster_rule(rule, "from") for rule in one.ingress],
+        "egress": [_cluster_rule(rule, "to") for rule in one.egress],
+    }
+    return {"metadata": {"name": one.name}, "spec": spec}
+
+
+def _cluster_rule(rule: ClusterPolicyRule, side: str) -> Manifest:
+    """Print a rule. One without peers has a fault, and closes: what stands for it is a rule with that very fault."""
+    if not rule.peers or rule.peers == (NOBODY,):
+        return {"action": rule.action}
+    networks = [str(peer.ip_block.cidr) for peer in rule.peers if peer.ip_block is not None]
+    peers = [_pods(peer) for peer in rule.peers if peer.ip_block is None]
+    peers += [{"networks": networks[i : i + MOST]} for i in range(0, len(networks), MOST)]
+    found = {"action": rule.action, side: peers, "protocols": [_protocol(p) for p in rule.ports if _is_first(p)]}
+    return {**found, "name": rule.name} if rule.name else found
+
+
+def _is_first(port: PolicyPort) -> bool:
+    """Whether it is printed: a name stands in a rule once for each protocol."""
+    return not isinstance(port.port, str) or port.protocol == "TCP"
+
+
+def _protocol(port: PolicyPort) -> Manifest:
+    if isinstance(port.port, str):
+        return {"destinationNamedPort": port.port}
+    if port.port is None:
+        return {port.protocol.lower(): {}}
+    where = {"number": port.port} if port.end_port is None else {"range": {"start": port.port, "end": port.end_port}}
+    return {port.protocol.lower(): {"destinationPort": where}}
+
+
+def _pods(peer: PolicyPeer) -> Manifest:
+    namespaces = _selector(peer.namespace_selector) if peer.namespace_selector is not None else {}
+    if peer.pod_selector is None:
+        return {"namespaces": namespaces}
+    return {"pods": {"namespaceSelector": namespaces, "podSelector": _selector(peer.pod_selector)}}
+
+
 _KINDS: dict[type[KubernetesObject], tuple[str, Callable[[Any], Manifest]]] = {
     Service: ("v1", _service),
     EndpointSlice: ("discovery.k8s.io/v1", _slice),
@@ -193,4 +241,5 @@ _KINDS: dict[type[KubernetesObject], tuple[str, Callable[[Any], Manifest]]] = {
     Pod: ("v1", _pod),
     ServiceCIDR: ("networking.k8s.io/v1", _service_cidr),
     NetworkPolicy: ("networking.k8s.io/v1", _policy),
+    ClusterNetworkPolicy: ("policy.networking.k8s.io/v1alpha2", _cluster_policy),
 }

@@ -153,6 +153,7 @@ def _objects(snapshot: Snapshot) -> Iterator[KubernetesObject]:
         yield from (one for one in slices.values() if not one.mirrored)
     yield from snapshot.pods.values()
     yield from snapshot.policies.values()
+    yield from snapshot.cluster_policies.values()
 
 
 def _groups(objects: Iterator[KubernetesObject]) -> Iterator[Sequence[Any]]:

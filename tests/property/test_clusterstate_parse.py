@@ -204,4 +204,6 @@ def test_what_is_printed_is_parsed_to_the_same(seed, changes):
     for ref, made in parse_object(raw, "x").made.items():
         if made and ref.kind != "Endpoints":  # becomes slices, which are no objects of their own
             (one,) = made
-            assert parse_document(msgspec.json.encode(print_object(one)), "y", is_json=True).made == {ref: (one,)}
+            again = parse_document(msgspec.json.encode(print_object(one)), "y", is_json=True)
+            # What stands for a policy that cannot be read may have a name that nothing can have.
+            assert again.made == {ref: (one,)} or any(error.field == "metadata.name" for error in again.errors)
