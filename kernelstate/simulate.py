@@ -83,7 +83,8 @@ INDEXED = 16
 class Packet(msgspec.Struct, frozen=True):
     """The first packet of a flow. Interface names may be empty where no rule looks at them.
 
-    ``remembered`` names the ``recent`` lists in which its source stands from an earlier connection.
+    ``remembered`` names the ``recent`` lists in which its source stands from an earlier connection. ``by_socket``: a process of
+    this node or of its pods asked for it, by connect or sendmsg.
     """
 
     protocol: Protocol
@@ -97,6 +98,7 @@ class Packet(msgspec.Struct, frozen=True):
     state: str = "NEW"
     mark: int = 0
     remembered: frozenset[str] = frozenset()
+    by_socket: bool = False
 
 
 class Step(msgspec.Struct, frozen=True):

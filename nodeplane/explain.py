@@ -281,6 +281,7 @@ def packet_of(flow: Flow) -> Packet:
         destination_port=flow.port,
         in_interface=flow.interface,
         from_local=flow.from_node,
+        by_socket=flow.by_socket,
     )
 
 

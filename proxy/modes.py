@@ -51,6 +51,12 @@ class ModeTraits(msgspec.Struct, frozen=True):
     """Where nodePortAddresses is not set NodePorts answer on the Node's own address only; False: on every address."""
     hashes_clients: bool = True
     """Can send one client to the same endpoint from every node (consistent hashing)."""
+    asks_sockets: bool = False
+    """A process of the node or of its pods that asks for a Service speaks to an endpoint from its first packet on.
+
+    No packet is translated then, and no source replaced; NodePorts answer the node's own processes on loopback. What sockets leave
+    to packets happens as the other traits say.
+    """
 
 
 TRAITS = {
@@ -77,6 +83,13 @@ TRAITS = {
         drops_unallocated=True,
         opens_health_check_ports=False,
         primary_node_ports=True,
+    ),
+    "ebpf": ModeTraits(
+        "ebpf",
+        drops_unallocated=True,
+        opens_health_check_ports=False,
+        primary_node_ports=True,
+        asks_sockets=True,
     ),
 }
 """The traits of each mode by its name in the configuration."""

@@ -52,6 +52,8 @@ class Flow(msgspec.Struct, frozen=True):
     """Sent by a process in the node's own network namespace."""
     interface: str = ""
     """The link it comes in through; empty if sent by the node or unknown."""
+    by_socket: bool = False
+    """A process of the node (``from_node``) or of one of its pods asks: by connect with TCP, else by a datagram's own address."""
 
 
 class Outcome(msgspec.Struct, frozen=True, order=True):
@@ -102,6 +104,10 @@ class Oracle:
     def judge(self, flow: Flow) -> Judgement:
         """Say everything that may happen to a flow."""
         because: list[str] = []
+        if flow.by_socket and self.traits.asks_sockets:
+            asked = self._ask_socket(flow, because)
+            if asked is not None:
+                return Judgement(asked, tuple(because))
         answering = self._met(flow, self._node_port_answers(flow))
         if self.traits.firewall_first and any(not self._source_allowed(e, f, flow) for e, f in answering):
             because.append(f"{flow.source} is outside loadBalancerSourceRanges: dropped")
@@ -115,6 +121,53 @@ class Oracle:
             if refusal:
                 return Judgement(frozenset({refusal}), tuple(because))
         return Judgement(frozenset({self._untranslated(flow, because)}), tuple(because))
+
+    # -- at the socket -----------------------------------------------------------------------------------------------
+
+    def _ask_socket(self, flow: Flow, because: list[str]) -> frozenset[Outcome] | None:
+        """Say what a socket is told that asks for this flow; None: what it sends is left to be a packet like any other."""
+        exact = self._by_address.get((flow.destination, flow.protocol, flow.port), ())
+        met = self._met(flow, node_ports=not exact and self._socket_node_port_answers(flow))
+        if len(met) != 1 or (exact and (self._is_local(flow.destination) or self._node_port_answers(flow))):
+            return None
+        entry, frontend = met[0]
+        if not self._socket_may(entry, frontend, flow):
+            return None
+        pool = entry.pool(frontend.kind) if frontend.kind is Kind.CLUSTER_IP else entry.cluster
+        where = f"{print_backend(flow.destination, flow.port)}/{flow.protocol} is a {frontend.kind.value} of {entry.name}"
+        if pool:
+            because.append(f"{where}: the socket is led to an endpoint")
+            return frozenset(Outcome(Verdict.DNAT.value, b.name) for b in pool)
+        if entry.pool(frontend.kind) or entry.on_empty is not OnEmpty.REJECT:
+            return None
+        because.append(f"{where}, which has no endpoint anywhere: the socket is refused")
+        return frozenset({Outcome(Verdict.REJECT.value)})
+
+    def _socket_may(self, entry: ServiceEntry, frontend: Frontend, flow: Flow) -> bool:
+        """Whether a socket can be told at all: everything that depends on the packet's source cannot, nor what follows flows."""
+        if flow.protocol == "TCP":
+            can = self.settings.flows_to_removed == "keep"
+        else:
+            can = flow.protocol == "UDP" and not entry.affinity_seconds
+        if not can or entry.consistent or self._is_guarded(entry, frontend):
+            return False
+        if flow.from_node:
+            return True
+        bound = frontend.kind is not Kind.CLUSTER_IP and entry.external_local
+        told = local_detector(self.settings, self.node, flow.destination.version) is not None
+        return not self.settings.masquerade_all and (told or not bound)
+
+    def _socket_node_port_answers(self, flow: Flow) -> bool:
+        """Whether NodePorts answer a socket: as they answer packets, and the node's own on loopback."""
+        destination = flow.destination
+        if destination.is_link_local:
+            return False
+        if not destination.is_loopback:
+            return self._node_port_answers(flow)
+        listed = self.settings.node_port_addresses
+        same = [p for p in listed if isinstance(p, Prefix) and p.family == destination.version]
+        anywhere = not same or any(p.contains(ip_address("127.0.0.1" if destination.version == 4 else "::1")) for p in same)
+        return flow.from_node and self.settings.localhost_node_ports and anywhere
 
     # -- which frontends ---------------------------------------------------------------------------------------------
 

@@ -111,14 +111,14 @@ def slices(draw, service, family, name):
 
 
 @st.composite
-def snapshots(draw, families=(4,)):
-    """Draw a cluster of up to four Services."""
-    names = draw(st.lists(st.sampled_from(["a", "b", "c", "d"]), unique=True, max_size=4))
+def snapshots(draw, families=(4,), least=0):
+    """Draw a cluster of up to four Services, of which ``least`` may be asked for to have a slice at the least."""
+    names = draw(st.lists(st.sampled_from(["a", "b", "c", "d"]), unique=True, min_size=least, max_size=4))
     found, grouped = {}, {}
     for name in names:
         one = draw(services(name, families))
         found["ns", name] = one
-        count = draw(st.integers(0, 2))
+        count = draw(st.integers(min(least, 1), 2))
         made = [draw(slices(one, draw(st.sampled_from(families)), f"{name}-{i}")) for i in range(count)]
         if made:
             grouped["ns", name] = Map({s.ref: s for s in made})
@@ -184,6 +184,31 @@ def flows(draw, family=4):
         from_node=kind == "node",
         interface=interface,
     )
+
+
+@st.composite
+def asked_by_sockets(draw, snapshot, family=4):
+    """Draw a flow, mostly aimed at what the cluster has, and where it can be, asked for by a socket of the node or of a pod here."""
+    flow = draw(flows(family=family))
+    targets = sorted(
+        {(a, p.protocol, n) for s in snapshot.services.values() for p in s.ports for a, n in _aims(s, p) if a.version == family},
+        key=str,
+    )
+    if targets and draw(st.integers(0, 5)):
+        destination, protocol, port = draw(st.sampled_from(targets))
+        if destination.is_loopback:
+            flow = msgspec.structs.replace(flow, source=destination, from_node=True, interface="")
+        elif flow.source.is_loopback:
+            flow = msgspec.structs.replace(flow, source=NODE_IPS[family])
+        flow = msgspec.structs.replace(flow, destination=destination, protocol=protocol, port=port)
+    here = flow.from_node or flow.interface in {"cni0", "veth1"}
+    return msgspec.structs.replace(flow, by_socket=here and draw(st.integers(0, 4)) > 0)
+
+
+def _aims(service, port):
+    own = (*NODE_IPS.values(), ip_address("127.0.0.1"), ip_address("127.1.2.3"), ip_address("::1"))
+    addresses = (*service.cluster_ips, *service.external_ips, *(ingress.ip for ingress in service.load_balancer))
+    return [*((a, port.port) for a in addresses), *((a, port.node_port) for a in own if port.node_port)]
 
 
 def mutate(snapshot, revision, found, grouped):
