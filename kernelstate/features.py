@@ -20,3 +20,4 @@ class Feature(StrEnum):
     UDP_FORWARDER = "udp forwarder"
     TUNNEL_PROGRAMS = "udp tunnel in the kernel"
     SOURCE_GUARD = "source guard"
+    SOCKET_PROGRAMS = "programs at sockets"

@@ -66,7 +66,6 @@ class Sizes(msgspec.Struct, frozen=True):
         return cls(*(max(FEWEST, room_of(max(2 * n, 1))) for n in wanted))
 
 
-
 class Layout:
     """Where pools lie in maps of given sizes."""
 
@@ -86,7 +85,7 @@ class Layout:
     ) -> list[MapWrite]:
         """Return what brings these frontends and pools to the maps, or takes them out. ``now``: seconds. Raises NoRoomError.
 
-        After NoRoomError the layout is not to be used any more: lay out everything anew, in larger maps.
+        Own addresses never change: with them everything is laid out anew, or adopted. After NoRoomError the layout is not to be used any more: lay out everything anew, in larger maps.
         """
         moved = self._move(tables, pools, now)
         put, drop = {}, []
@@ -170,8 +169,8 @@ class Layout:
         rooms: dict[int, tuple[int, int]] = {}
         for value in found.frontends.values():
             placed = codec.read_service(value)
-            if placed.service.pool and placed.count:
-                rooms[placed.service.pool] = (placed.first, placed.count)
+            if placed.service.pool and placed.size:
+                rooms[placed.service.pool] = (placed.first, placed.size)
         self._slots.occupy(rooms.values())
         members = set(found.members)
         for number, (first, count) in rooms.items():
@@ -182,6 +181,14 @@ class Layout:
             remembers = codec.pack_member(number, found.slots[codec.pack_index(first)]) in members
             endpoints = tuple((end.address, end.port) for end in ends)
             self._pools[number] = (Pool(ends[0].family, ends[0].protocol, endpoints, remembers), first)
+
+
+def contents_of(tables: SocketTables) -> Contents:
+    """Return what maps hold that were filled afresh."""
+    held: dict[MapName, dict[bytes, bytes]] = {name: {} for name in MAPS}
+    for write in Layout(Sizes.for_(tables)).fill(tables):
+        held[write.table].update(write.put)
+    return Contents(held["frontends"], held["slots"], held["members"].keys(), held["own"])
 
 
 class _Moved(NamedTuple):

@@ -1,7 +1,7 @@
 """Services in the bytes of the kernel's maps: the twin of packetpath/include/np_services.h. Meets no kernel.
 
-    an end       address (16 bytes, IPv4 as ::ffff:a.b.c.d), port (network order), protocol
-    a service    pool, first slot, how many, seconds of affinity, for whom, refuses
+an end       address (16 bytes, IPv4 as ::ffff:a.b.c.d), port (network order), protocol
+a service    pool, first slot, how many, seconds of affinity, for whom, refuses
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Placed(NamedTuple):
 
     service: SocketService
     first: int
-    count: int
+    size: int
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -76,8 +76,8 @@ def read_frontend(data: bytes) -> SocketFrontend:
 
 def pack_service(placed: Placed) -> bytes:
     """Pack the value of a frontend."""
-    service, first, count = placed
-    return _SERVICE.pack(service.pool, first, count, service.affinity, service.who, REFUSES if service.refuses else 0)
+    service, first, size = placed
+    return _SERVICE.pack(service.pool, first, size, service.affinity, service.who, REFUSES if service.refuses else 0)
 
 
 def read_service(data: bytes) -> Placed:

@@ -28,9 +28,7 @@ _LOOPBACK4 = int(IPv4Address("127.0.0.1"))
 class EbpfSimulator(NftablesSimulator):
     """Walks what sockets ask for over maps and tables; they must not change meanwhile."""
 
-    def __init__(
-        self, contents: Contents, tables: Mapping[Family, Table], local_addresses: Collection[IPAddress] = ()
-    ) -> None:
+    def __init__(self, contents: Contents, tables: Mapping[Family, Table], local_addresses: Collection[IPAddress] = ()) -> None:
         super().__init__(tables, local_addresses)
         self._contents = contents
 
@@ -39,7 +37,7 @@ class EbpfSimulator(NftablesSimulator):
         if not packet.by_socket or packet.protocol not in {"tcp", "udp"}:
             return super().walk(packet)
         who = Who.NODE if packet.from_local else Who.PODS
-        asked = SocketFrontend(packet.destination.version, packet.protocol, int(packet.destination), packet.destination_port)  # type: ignore[arg-type]
+        asked = SocketFrontend(packet.destination.version, packet.protocol, int(packet.destination), packet.destination_port)
         found = self._service(asked, who)
         if found is None:
             return super().walk(packet)
@@ -47,7 +45,7 @@ class EbpfSimulator(NftablesSimulator):
         title = f"socket {frontend} pool {placed.service.pool:016x}"
         if not placed.service.who & who:
             return self._left(packet, OtherStep(title, f"is not for {_name(who)}: left to the rules"))
-        if not placed.count:
+        if not placed.size:
             if not placed.service.refuses:
                 return self._left(packet, OtherStep(title, "nobody serves: left to the rules"))
             return (Path(1.0, "reject", None, masquerade=False, mark=0, steps=(OtherStep(title, "nobody serves: refused"),)),)
@@ -73,11 +71,11 @@ class EbpfSimulator(NftablesSimulator):
 
     def _to_pool(self, title: str, placed: Placed) -> tuple[Path, ...]:
         paths = []
-        for slot in range(placed.first, placed.first + placed.count):
+        for slot in range(placed.first, placed.first + placed.size):
             end = codec.read_frontend(self._contents.slots[codec.pack_index(slot)])
             address = IPv4Address(end.address) if end.family == 4 else IPv6Address(end.address)
             step = OtherStep(title, f"slot {slot}: speaks to {end_text(end.family, end.address)}:{end.port}")
-            paths.append(Path(1 / placed.count, "accept", (address, end.port), masquerade=False, mark=0, steps=(step,)))
+            paths.append(Path(1 / placed.size, "accept", (address, end.port), masquerade=False, mark=0, steps=(step,)))
         return tuple(paths)
 
 

@@ -17,7 +17,16 @@ from kernelstate.reconcile_forwarder import ForwarderReconciler
 from kernelstate.reconcile_links import LinkReconciler
 from nodeplane import pod_gate
 from nodeplane.commands import Failed
-from nodeplane.host_kernel import FORWARDER, VARIANTS, other_modes, overlay_tables, policy_sets, policy_tables, tunnel_programs
+from nodeplane.host_kernel import (
+    FORWARDER,
+    VARIANTS,
+    leftovers_of_sockets,
+    other_modes,
+    overlay_tables,
+    policy_sets,
+    policy_tables,
+    tunnel_programs,
+)
 from nodeplane.kept_objects import OBJECTS_FILE
 from nodeplane.lease_store import STATE_FILE as LEASE_FILE
 from nodeplane.pipeline import OWNERSHIP
@@ -65,6 +74,7 @@ def _reconcilers() -> Iterator[Reconciler]:
         if is_available(variant):
             yield NetfilterReconciler(IptablesPort(variant), OWNERSHIP, families())
     yield from other_modes("", None)
+    yield from leftovers_of_sockets()
     yield overlay_tables()
     yield policy_tables()
     with contextlib.suppress(MissingFeatureError):

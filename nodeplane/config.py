@@ -39,7 +39,7 @@ from nodeplane.config_overlay import OverlayOptions, read_overlay
 from proxy.modes import TRAITS
 from proxy.settings import FlowFate, ProxySettings
 
-MODES = ("iptables", "ipvs", "nftables")
+MODES = ("iptables", "ipvs", "nftables", "ebpf")
 """Service modes there are."""
 
 
@@ -159,6 +159,7 @@ class ServiceOptions(Strict, frozen=True):
     scheduler_by_port: bool = False
     flows_to_removed_endpoints: FlowFate = "keep"
     drain_time: str | None = None
+    cgroup: str = ""
 
 
 class NodeConfig(msgspec.Struct, frozen=True):
@@ -178,6 +179,8 @@ class NodeConfig(msgspec.Struct, frozen=True):
     policy_log: DeniedLog | None = None
     """How often a packet that policies deny is logged; None: never."""
     iptables_variant: Literal["auto", "legacy", "nft"] = "auto"
+    cgroup: str = ""
+    """Mode ``ebpf``: the cgroup of version 2 whose processes are the node's and its pods'; empty: all of the machine's."""
     kubeconfig: str = ""
     """The file that says how to reach the API server, where the command line does not."""
     servers: ServerOptions = ServerOptions()
@@ -255,6 +258,7 @@ def _build(raw: Mapping[str, Any], section: ServicesSection, at: str, node_name:
         policy=policy,
         policy_log=policy_log,
         iptables_variant=variant,
+        cgroup=_cgroup(options.cgroup, mode),
         kubeconfig=section.client_connection.kubeconfig,
         servers=read_servers(section, at),
         conntrack=read_conntrack(section.conntrack, at),
@@ -270,23 +274,26 @@ def _periods(section: ServicesSection, mode: str, at: str) -> tuple[float | None
         "iptables": section.iptables,
         "ipvs": section.ipvs,
         "nftables": section.nftables,
+        "ebpf": section.nftables,  # the rules beneath are that mode's, and so are the options
     }
+    at += "nftables" if mode == "ebpf" else mode
     stated = periods[mode]
-    sync = seconds_at(stated.sync_period, 30.0, f"{at}{mode}.syncPeriod")
+    sync = seconds_at(stated.sync_period, 30.0, f"{at}.syncPeriod")
     minimum = 0.0 if mode == "ipvs" else None
     if stated.min_sync_period is not None:
-        minimum = seconds_at(stated.min_sync_period, 0.0, f"{at}{mode}.minSyncPeriod")
+        minimum = seconds_at(stated.min_sync_period, 0.0, f"{at}.minSyncPeriod")
     if sync <= 0:
-        raise ConfigError(f"{at}{mode}.syncPeriod: must be greater than 0, is {stated.sync_period}")
+        raise ConfigError(f"{at}.syncPeriod: must be greater than 0, is {stated.sync_period}")
     if minimum is not None and minimum > sync:
-        raise ConfigError(f"{at}{mode}.minSyncPeriod: must not be greater than syncPeriod, is {minimum:g} s")
+        raise ConfigError(f"{at}.minSyncPeriod: must not be greater than syncPeriod, is {minimum:g} s")
     return minimum, sync
 
 
 def _proxy_settings(section: ServicesSection, options: ServiceOptions, mode: str, at: str) -> ProxySettings:
     """Check what decides meaning or rules. As in kube-proxy, ``ipvs`` takes mark and masqueradeAll from ``iptables``."""
-    own = section.nftables if mode == "nftables" else section.iptables
-    at_own = f"{at}nftables" if mode == "nftables" else f"{at}iptables"
+    through_nftables = mode in {"nftables", "ebpf"}
+    own = section.nftables if through_nftables else section.iptables
+    at_own = f"{at}nftables" if through_nftables else f"{at}iptables"
     bit = 14 if own.masquerade_bit is None else own.masquerade_bit
     if not 0 <= bit <= 31:
         raise ConfigError(f"{at_own}.masqueradeBit: must be between 0 and 31, is {bit}")
@@ -304,7 +311,7 @@ def _proxy_settings(section: ServicesSection, options: ServiceOptions, mode: str
     return ProxySettings(
         masquerade_all=own.masquerade_all,
         masquerade_bit=bit,
-        localhost_node_ports=TRAITS[mode].localhost_node_ports and (True if localhost is None else localhost),
+        localhost_node_ports=(TRAITS[mode].localhost_node_ports or TRAITS[mode].asks_sockets) and localhost is not False,
         detect_local_mode=detect_mode,
         cluster_cidrs=tuple(prefix_at(c, f"{at}clusterCIDR") for c in cidrs),
         bridge_interface=detect.bridge_interface,
@@ -325,6 +332,12 @@ def _proxy_settings(section: ServicesSection, options: ServiceOptions, mode: str
         flows_to_removed=options.flows_to_removed_endpoints,
         drain_seconds=_whole_seconds(options.drain_time, "serviceOptions.drainTime", 30),
     )
+
+
+def _cgroup(stated: str, mode: str) -> str:
+    if stated and not stated.startswith("/"):
+        raise ConfigError(f"serviceOptions.cgroup: must be an absolute path, is {stated!r}")
+    return stated if mode == "ebpf" else ""
 
 
 def _scheduler(stated: str, at: str) -> str:

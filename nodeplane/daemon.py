@@ -152,6 +152,8 @@ def build_agent(
     overlay = config.overlay
     if host.unguarded:
         log.info("overlay.sourceCheck: sources of packets from other nodes are not checked: %s", host.unguarded)
+    if host.unasked:
+        log.info("sockets are not told of Services, packets meet nftables: %s", host.unasked)
     if host.engine is not None:
         log.info("overlay udp: packets are wrapped by the %s engine (%s)", host.engine.engine, host.engine.reason)
     status = Status(
@@ -166,6 +168,7 @@ def build_agent(
         engine=host.engine.engine if host.engine else "",
         engine_reason=host.engine.reason if host.engine else "",
         unguarded=host.unguarded,
+        unasked=host.unasked,
     )
     agent = Agent(
         pipeline=Pipeline(config),

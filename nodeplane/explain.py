@@ -19,8 +19,10 @@ import msgspec
 from clusterstate.objects import IPAddress
 from kernelstate.objects.address import Prefix
 from kernelstate.objects.netfilter import Protocol, Verdict
+from kernelstate.service_layout import contents_of
 from kernelstate.simulate import Packet, Simulator, Step
 from kernelstate.simulate import Path as WalkedPath
+from kernelstate.simulate_ebpf import EbpfSimulator
 from kernelstate.simulate_ipvs import IpvsSimulator
 from kernelstate.simulate_nftables import NftablesSimulator
 from netpolicy.oracle import Flow as PolicyFlow
@@ -81,6 +83,7 @@ class Explainer:
             port=question.port,
             from_node=kind == "node",
             interface=self._interface(kind),
+            by_socket=kind == "node" or self._is_pod_here(question.source),
         )
         judgement = self.oracle.judge(flow) if self.oracle else Judgement(frozenset({Outcome("pass")}), ("Services are off",))
         walked = self.simulator.walk(packet_of(flow))
@@ -114,6 +117,10 @@ class Explainer:
         if source in self.local or source.is_loopback:
             return "node"
         return "pod" if source in self.pods else "external"
+
+    def _is_pod_here(self, source: IPAddress) -> bool:
+        pod = self.pods.get(source)
+        return pod is not None and pod.node == self.view.config.node_name
 
     def _interface(self, kind: str) -> str:
         """Return a link name of the kind a packet from such a source comes in through."""
@@ -165,6 +172,8 @@ def simulator_of(view: NodeView, local: Collection[IPAddress]) -> Simulator:
     match view.config.mode:
         case "nftables":
             return NftablesSimulator(services.tables, local)
+        case "ebpf":
+            return EbpfSimulator(contents_of(services.sockets), services.tables, local)
         case "ipvs":
             return IpvsSimulator(view.desired.ruleset_but_policies, services.sets, services.servers, services.addresses, local)
         case _:

@@ -6,6 +6,7 @@ where it is used: an agent carries no other mode's code.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ from proxy.render.ipvs_program import LINK
 from proxy.settings import ProxySettings
 
 if TYPE_CHECKING:
+    from kernelstate.reconcile_ebpf import SocketReconciler
     from kernelstate.reconcile_sets import IpsetReconciler
     from kernelstate.reconcile_tunnel import TunnelReconciler
 
@@ -41,6 +43,8 @@ BUILT = Path(__file__).resolve().parent.parent / "packetpath/built"
 """What was made of the C at installation."""
 FORWARDER = BUILT / "nodeplane-udp"
 VARIANTS: tuple[Variant, ...] = ("legacy", "nft")
+THROUGH_NFTABLES = ("nftables", "ebpf")
+"""Modes with a table of nftables."""
 
 
 class HostKernel(msgspec.Struct, frozen=True):
@@ -55,6 +59,8 @@ class HostKernel(msgspec.Struct, frozen=True):
     """Who wraps packets in UDP; None for other backends."""
     unguarded: str = ""
     """Why sources of packets are not checked though they should be."""
+    unasked: str = ""
+    """Why sockets are not told of Services though they should be."""
 
 
 def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | None = None) -> HostKernel:
@@ -64,7 +70,8 @@ def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | Non
     """
     variant, reason = _variant(config, chains)
     links = LinuxLinks() if config.overlay else None
-    nftables = _nftables() if config.mode == "nftables" else None
+    nftables = _nftables() if config.mode in THROUGH_NFTABLES else None
+    sockets, unasked = _sockets(config) if config.mode == "ebpf" else (None, "")
     tables = overlay_tables() if config.overlay and config.overlay.net_conf.nftables else None
     policies: NftablesReconciler | IpsetReconciler | None = None
     if config.policy:
@@ -97,10 +104,12 @@ def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | Non
         policies=policies,
         nftables=nftables,
         ipvs=ipvs,
+        sockets=sockets,
         families=families(),
         retired=[
             *_other_variants(variant),
             *other_modes(config.mode, config.services),
+            *(leftovers_of_sockets() if sockets is None else []),
             *([overlay_tables()] if is_known and tables is None else []),
             *([policy_tables()] if config.policy != "nftables" else []),
             *(_leftovers_of_sets() if config.policy != "iptables" else []),
@@ -108,7 +117,7 @@ def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | Non
             *([programs] if programs is not None and tunnel is None else []),
         ],
     )
-    return HostKernel(kernel, variant, reason, tuple(watched), engine, unguarded)
+    return HostKernel(kernel, variant, reason, tuple(watched), engine, unguarded, unasked)
 
 
 def tunnel_programs() -> TunnelReconciler | None:
@@ -151,7 +160,7 @@ def _other_variants(variant: Variant) -> list[Reconciler]:
 def other_modes(mode: str, settings: ProxySettings | None) -> list[Reconciler]:
     """Return the parts besides rules that ``mode`` does not use and another may have left; "" for all of them."""
     found: list[Reconciler] = []
-    if mode != "nftables":
+    if mode not in THROUGH_NFTABLES:
         found.append(_nftables())
     if mode != "ipvs":
         found += _leftovers_of_ipvs(settings)
@@ -196,6 +205,32 @@ def _nftables() -> NftablesReconciler:
     from kernelstate.linux.nftables import NftablesPort  # noqa: PLC0415
 
     return NftablesReconciler(NftablesPort())
+
+
+def _sockets(config: NodeConfig) -> tuple[SocketReconciler | None, str]:
+    """Return what keeps the programs at sockets, or why there cannot be any: then packets meet the rules, as in mode nftables."""
+    from kernelstate.linux.ebpf_services import LinuxServiceMaps, node_cgroup, unloadable  # noqa: PLC0415
+    from kernelstate.reconcile_ebpf import SocketReconciler  # noqa: PLC0415
+
+    try:
+        port = LinuxServiceMaps(BUILT, node_cgroup(config.cgroup))
+    except KernelStateError as error:
+        return None, str(error)
+    why = unloadable(BUILT)
+    return (None, why) if why else (SocketReconciler(port, time.monotonic), "")
+
+
+def leftovers_of_sockets() -> list[Reconciler]:
+    """Return what takes this node's programs off all sockets, where there can be any."""
+    from kernelstate.linux import cgroups  # noqa: PLC0415
+    from kernelstate.linux.ebpf_services import LinuxServiceMaps  # noqa: PLC0415
+    from kernelstate.reconcile_ebpf import SocketReconciler  # noqa: PLC0415
+
+    found = cgroups.mounted()
+    try:
+        return [SocketReconciler(LinuxServiceMaps(BUILT, found[0]), time.monotonic)] if found else []
+    except MissingFeatureError:
+        return []
 
 
 def _ipvs(settings: ProxySettings) -> tuple[IpvsParts, int]:

@@ -4,6 +4,7 @@ Whoever is asked first must be there first: tables and servers before the rules 
 
     mode iptables    policies, links, tunnel, packet filter
     mode nftables    policies, links, tunnel, nftables, packet filter
+    mode ebpf        policies, links, tunnel, nftables, programs at sockets, packet filter
     mode ipvs        policies, links, tunnel, sets, virtual servers, addresses of kube-ipvs0, packet filter
 
 Policies are a table of nftables, or sets that rules of the packet filter ask.
@@ -36,6 +37,7 @@ from nodeplane.service_programs import ServiceChange, ServiceState
 
 if TYPE_CHECKING:
     from kernelstate.reconcile_addresses import AddressReconciler
+    from kernelstate.reconcile_ebpf import SocketReconciler
     from kernelstate.reconcile_ipvs import IpvsReconciler
     from kernelstate.reconcile_sets import IpsetReconciler
     from kernelstate.reconcile_tunnel import TunnelReconciler
@@ -81,12 +83,13 @@ class NodeKernel:
         policies: NftablesReconciler | IpsetReconciler | None = None,
         nftables: NftablesReconciler | None = None,
         ipvs: IpvsParts | None = None,
+        sockets: SocketReconciler | None = None,
         families: Sequence[Family] = (4, 6),
         retired: Sequence[Reconciler] = (),
     ) -> None:
         self.netfilter, self.links, self.nftables, self.ipvs = netfilter, links, nftables, ipvs
         self.forwarder, self.tunnel = forwarder, tunnel
-        self.overlay_tables, self.policies = overlay_tables, policies
+        self.overlay_tables, self.policies, self.sockets = overlay_tables, policies, sockets
         self.families = tuple(families)
         """The families whose packet filter this kernel has."""
         self.retired = list(retired)
@@ -97,7 +100,7 @@ class NodeKernel:
         """The parts in the order in which they are written."""
         programs = self.tunnel.programs if self.tunnel else None
         overlay: list[Reconciler | None] = [self.policies, self.links, self.forwarder, programs, self.overlay_tables]
-        found: list[Reconciler | None] = [*overlay, self.nftables, *(self.ipvs or ()), self.netfilter]
+        found: list[Reconciler | None] = [*overlay, self.nftables, *(self.ipvs or ()), self.sockets, self.netfilter]
         return [part for part in found if part is not None]
 
     @property
@@ -118,6 +121,8 @@ class NodeKernel:
             self.nftables.set_desired(desired.services.tables, change.tables if change else None)
         if self.ipvs is not None:
             self.ipvs.set_desired(desired.services, change, desired.ipvs_ownership)
+        if self.sockets is not None:
+            self.sockets.set_desired(desired.services.sockets, change.sockets if change else None)
         if self.links is not None and desired.links is not None:
             self.links.set_desired(desired.links)
         if self.forwarder is not None and desired.tunnel is not None:
@@ -172,7 +177,16 @@ class NodeKernel:
 
     def forget(self) -> None:
         """Trust no memory of what only a full look shows: the next sync observes rules, tables, servers, the forwarder's peers."""
-        for part in (self.netfilter, self.policies, self.forwarder, self.overlay_tables, self.nftables, *(self.ipvs or ())):
+        parts = (
+            self.netfilter,
+            self.policies,
+            self.forwarder,
+            self.overlay_tables,
+            self.nftables,
+            *(self.ipvs or ()),
+            self.sockets,
+        )
+        for part in parts:
             if part is not None:
                 part.forget()
 

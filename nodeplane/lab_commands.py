@@ -32,7 +32,7 @@ def add_lab_parser(subparsers: Any) -> None:
     up.add_argument(
         "--objects", action="append", default=[], metavar="P", help="Kubernetes objects; may be given several times"
     )
-    up.add_argument("--services", metavar="MODE", help="service mode: iptables, ipvs or nftables")
+    up.add_argument("--services", metavar="MODE", help="service mode: iptables, ipvs, nftables or ebpf")
     up.add_argument("--overlay", metavar="BACKEND", help="vxlan, host-gw or udp")
     up.add_argument("--policy", metavar="MODE", help="enforce NetworkPolicies: nftables or iptables")
     _timeout(up)
@@ -47,7 +47,7 @@ def add_lab_parser(subparsers: Any) -> None:
             "-f", "--filename", action="append", required=True, metavar="P", help="file, directory or - (stdin)"
         )
     switch = _command(commands, "switch", _switch, "let running nodes change their service mode, under whatever load there is")
-    switch.add_argument("mode", metavar="MODE", help="iptables, ipvs or nftables")
+    switch.add_argument("mode", metavar="MODE", help="iptables, ipvs, nftables or ebpf")
     switch.add_argument("--node", action="append", default=[], metavar="N", help="only this node; may be given several times")
     _timeout(switch)
     wait = _command(commands, "wait", _wait, "wait until every agent has programmed the latest change")

@@ -13,6 +13,7 @@ from kernelstate.text.ipset_save import print_sets
 from kernelstate.text.iptables_save import print_ruleset
 from kernelstate.text.ipvsadm import print_servers
 from kernelstate.text.nft import print_table
+from kernelstate.text.socket_tables import print_sockets
 from kernelstate.text.udp_tunnel import print_tunnel
 from netpolicy.render.nftables import TABLE as POLICY_TABLE
 from nodeplane.commands import Usage
@@ -46,6 +47,10 @@ def render_services_text(view: NodeView, families: tuple[Family, ...]) -> str:
         case "nftables":
             tables = view.desired.services.tables
             return "".join(print_table(TableKey(f, TABLE), tables[f]) for f in families if f in tables)
+        case "ebpf":
+            tables = view.desired.services.tables
+            rules = "".join(print_table(TableKey(f, TABLE), tables[f]) for f in families if f in tables)
+            return _sections([("sockets", print_sockets(view.desired.services.sockets, families)), ("nft -f -", rules)])
         case "ipvs":
             return _sections([*_ipvs_texts(view, families), *_rules_texts(view, families)])
         case _:

@@ -4,6 +4,7 @@
     iptables   all of it
     ipvs       what surrounds it             all of it
     nftables                        all of it
+    ebpf                            all of it, and before them what sockets are told
 
 The pipeline moves whichever program the configuration names along with the cluster; ``kernel.py`` hands its state to the
 reconcilers. A change names what may differ, so that nobody compares ten thousand Services for one.
@@ -19,6 +20,7 @@ import msgspec
 
 from clusterstate.snapshot import Name
 from kernelstate.objects.address import Family, Prefix
+from kernelstate.objects.ebpf import SocketChange, SocketTables
 from kernelstate.objects.ipvs import IpvsState, ServerKey
 from kernelstate.objects.netfilter import Anchor, ChainKey, Rule
 from kernelstate.objects.nftables import Table, TableChange
@@ -41,6 +43,7 @@ class ServiceState(msgspec.Struct, frozen=True):
     addresses: AbstractSet[Prefix] = frozenset()
     """What the node itself holds for Services, as host prefixes."""
     sysctls: tuple[tuple[str, str], ...] = ()
+    sockets: SocketTables = SocketTables()
 
     @property
     def elements(self) -> int:
@@ -56,6 +59,7 @@ class ServiceChange(msgspec.Struct, frozen=True):
     servers: frozenset[ServerKey] = frozenset()
     sets: frozenset[str] = frozenset()
     addresses: frozenset[Prefix] = frozenset()
+    sockets: SocketChange = SocketChange()
 
 
 class ServiceProgram(Protocol):
@@ -138,6 +142,29 @@ class NftablesServices:
         return ServiceChange(tables=self._program.update(entries, names))
 
 
+class EbpfServices(NftablesServices):
+    """Mode ``ebpf``: what sockets are told, and the rules of mode ``nftables`` for all that comes as packets.
+
+    Those have no NodePorts on loopback, which only sockets can have.
+    """
+
+    def __init__(self, settings: ProxySettings, node: NodeFacts, families: Iterable[Family]) -> None:
+        from proxy.render.ebpf_program import EbpfProgram  # noqa: PLC0415 (only where the mode asks for it)
+
+        super().__init__(msgspec.structs.replace(settings, localhost_node_ports=False), node, families)
+        self._sockets = EbpfProgram(settings, node, self.families)
+
+    @property
+    def state(self) -> ServiceState:
+        """See ``ServiceProgram``."""
+        return ServiceState(tables=self._program.tables, sockets=self._sockets.tables)
+
+    def update(self, entries: Entries, names: Iterable[Name] | None) -> ServiceChange:
+        """See ``ServiceProgram``."""
+        names = None if names is None else tuple(names)
+        return ServiceChange(tables=self._program.update(entries, names), sockets=self._sockets.update(entries, names))
+
+
 class IpvsServices:
     """Mode ``ipvs``."""
 
@@ -199,5 +226,6 @@ PROGRAMS: dict[str, Callable[[ProxySettings, NodeFacts, tuple[Family, ...]], Ser
     "iptables": IptablesServices,
     "ipvs": IpvsServices,
     "nftables": NftablesServices,
+    "ebpf": EbpfServices,
 }
 """The program of each mode."""

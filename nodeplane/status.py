@@ -70,6 +70,10 @@ class Status(msgspec.Struct, frozen=True):
     """Of nftables' sets and maps."""
     servers: int = 0
     """Virtual servers of IPVS."""
+    frontends: int = 0
+    """Of Services, that sockets are told of."""
+    unasked: str = ""
+    """Why sockets are not told of Services though they should be: packets meet rules instead."""
     policies: int = 0
     """NetworkPolicies that isolate a pod of this node."""
     isolated: int = 0
@@ -152,6 +156,7 @@ def is_running(path: Path = LOCK_FILE) -> bool:
 def _written(status: Status) -> str:
     """Say what Services have become in the kernel, most important first."""
     parts = [f"{status.servers} virtual servers"] if status.servers else []
+    parts += [f"{status.frontends} frontends told to sockets"] if status.frontends else []
     parts += [f"{status.elements} elements of nftables maps and sets"] if status.elements else []
     return ", ".join([*parts, f"{status.rules} iptables rules in {status.chains} chains"])
 
@@ -188,6 +193,7 @@ def status_lines(status: Status, *, running: bool) -> list[str]:
         f"node      {status.node}, agent {f'pid {status.pid}' if running else 'NOT RUNNING (the kernel goes on forwarding)'}",
         f"services  {status.mode}{variant}",
         f"          {status.services} Services, {status.endpoints} endpoints: {_written(status)}",
+        *([f"          sockets are NOT told of Services, packets meet nftables: {status.unasked}"] if status.unasked else []),
         f"state     {state}, last written {time.time() - status.last_sync:.0f} s ago",
     ]
     if status.kept:

@@ -65,7 +65,7 @@ class Attacher(Protocol):
         """Take ours off; whether there was one. Raises KernelRefusedError."""
 
 
-class _AttachOptions(Options):
+class AttachOptions(Options):
     """libbpf's ``struct bpf_prog_attach_opts``."""
 
     _fields_ = (("sz", ctypes.c_size_t), ("flags", ctypes.c_uint), ("replace_prog_fd", ctypes.c_int))
@@ -119,7 +119,7 @@ class Tcx:
     def attach(self, hook: Hook, program: Program) -> None:
         """Exchange or add it."""
         earlier = self.find(hook)
-        options = _AttachOptions()
+        options = AttachOptions()
         if earlier is not None:
             if earlier.number == program.number:
                 return earlier.close()

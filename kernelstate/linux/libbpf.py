@@ -139,7 +139,7 @@ class Map(Descriptor):
         """``name`` empty: the kernel's, of which it keeps 15 characters."""
         super().__init__(fd, name)
         info = self.info()
-        _, self.number, self.key_size, self.value_size = struct.unpack_from("=4I", info)
+        _, self.number, self.key_size, self.value_size, self.entries = struct.unpack_from("=5I", info)
         self.name = name or _text(info, _MAP_NAME_AT)
 
     def __setitem__(self, key: bytes, value: bytes) -> None:
@@ -174,12 +174,12 @@ class Map(Descriptor):
             if done != -errno.ENOENT:
                 check(done, "delete from map", self.name)
 
-    def dump(self) -> dict[bytes, bytes]:
-        """Return everything. Raises KernelRefusedError."""
+    def dump(self, most: int | None = None) -> dict[bytes, bytes]:
+        """Return everything, or at least the first ``most`` elements of an array. Raises KernelRefusedError."""
         found: dict[bytes, bytes] = {}
         size = BATCH
         place, is_first, done = ctypes.create_string_buffer(max(self.key_size, 4)), True, 0
-        while done == 0:
+        while done == 0 and (most is None or len(found) < most):
             keys, values = (
                 ctypes.create_string_buffer(size * self.key_size),
                 ctypes.create_string_buffer(size * self.value_size),
@@ -207,13 +207,18 @@ def _cut(data: bytes, size: int, count: int) -> Iterator[bytes]:
 class BpfObject:
     """An object file, loaded; ``with`` unloads it. Raises MissingFeatureError without libbpf, KernelRefusedError when refused."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sizes: Mapping[str, int] | None = None, reused: Mapping[str, Map] | None = None) -> None:
+        """``sizes``: how many entries maps shall have, by name; ``reused``: maps there are already that programs shall use."""
         self._lib = library()
         self.name = path.name
         self._object = self._lib.bpf_object__open_file(os.fsencode(path), None)
         if not self._object:
             raise KernelRefusedError("open BPF object", str(path), os.strerror(ctypes.get_errno()))
         try:
+            for name, entries in (sizes or {}).items():
+                check(self._lib.bpf_map__set_max_entries(self._map(name), entries), "size map", name)
+            for name, one in (reused or {}).items():
+                check(self._lib.bpf_map__reuse_fd(self._map(name), one.fd), "use map", name)
             check(self._lib.bpf_object__load(self._object), "load BPF object", self.name)
         except KernelRefusedError:
             self.close()
@@ -237,6 +242,12 @@ class BpfObject:
         if not found:
             raise LookupError(f"{self.name}: has no program {name}")
         return Program(os.dup(self._lib.bpf_program__fd(found)), name)
+
+    def _map(self, name: str) -> int:
+        found = self._lib.bpf_object__find_map_by_name(self._object, name.encode())
+        if not found:
+            raise LookupError(f"{self.name}: has no map {name}")
+        return int(found)
 
     def map(self, name: str) -> Map:
         """Return a descriptor of its own for a map. Raises LookupError."""
@@ -281,8 +292,11 @@ def library() -> Any:
         lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
     except OSError as error:
         raise MissingFeatureError("libbpf.so.1", "the library is not installed") from error
-    for name in ("bpf_object__open_file", "bpf_object__find_program_by_name"):
+    for name in ("bpf_object__open_file", "bpf_object__find_program_by_name", "bpf_object__find_map_by_name"):
         getattr(lib, name).restype = ctypes.c_void_p
+    lib.bpf_object__find_map_by_name.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
+    lib.bpf_map__set_max_entries.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
+    lib.bpf_map__reuse_fd.argtypes = (ctypes.c_void_p, ctypes.c_int)
     lib.bpf_object__open_file.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
     lib.bpf_object__find_program_by_name.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
     lib.bpf_object__find_map_fd_by_name.argtypes = (ctypes.c_void_p, ctypes.c_char_p)

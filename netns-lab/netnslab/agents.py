@@ -17,22 +17,24 @@ from typing import Any
 
 import msgspec
 
-from netnslab import mounts, processes
+from netnslab import mounts, node_cgroups, processes
 from netnslab.errors import LabError, LabInputError
 from netnslab.state import LabState, write_file
 from netnslab.topology import Topology
-from nodeplane.config import MODES, parse_config
+from nodeplane.config import parse_config
 from nodeplane.config_fields import ConfigError
 from nodeplane.status import Status, read_status
 
 CONFIG, OBJECTS = "/run/nodeplane/config.yaml", "/run/nodeplane/objects"
 """As the agent sees them."""
+SECTIONS = ("iptables", "ipvs", "nftables")
+"""What has options of its own in the configuration."""
 POLL = 0.02
 
 
 def node_view(state: LabState, node: str) -> mounts.NodeView:
     """Return what is a node's own below /run."""
-    return mounts.NodeView(state.node_dir(node), state.objects)
+    return mounts.NodeView(state.node_dir(node), state.objects, node_cgroups.path(state.name, node))
 
 
 def node_config(topology: Topology, node: str, mode: str = "") -> dict[str, Any]:
@@ -50,7 +52,7 @@ def node_config(topology: Topology, node: str, mode: str = "") -> dict[str, Any]
         **({"Network": v4[0]} if v4 else {}),
         **({"IPv6Network": v6[0]} if v6 else {}),
     }
-    services = {"clusterCIDR": ",".join(topology.cluster.pod_cidrs), **{m: {"minSyncPeriod": "0.1s"} for m in MODES}}
+    services = {"clusterCIDR": ",".join(topology.cluster.pod_cidrs), **{m: {"minSyncPeriod": "0.1s"} for m in SECTIONS}}
     config = {
         "apiVersion": "nodeplane.dev/v1alpha1",
         "kind": "NodeConfiguration",
@@ -58,6 +60,7 @@ def node_config(topology: Topology, node: str, mode: str = "") -> dict[str, Any]
         "services": {**services, **topology.services, **({"mode": mode} if mode else {})},
         "overlay": overlay,
         "policy": topology.policy or {"enabled": False},
+        "serviceOptions": {"cgroup": mounts.CGROUP},
     }
     try:
         parse_config(config)
@@ -109,7 +112,9 @@ def _start(state: LabState, node: str) -> subprocess.Popen[bytes]:
         process = mounts.popen(
             state.node_netns(node),
             node_view(state, node),
-            [sys.executable, "-m", "nodeplane", "agent", "--config", CONFIG, "--objects", OBJECTS],
+            node_cgroups.within(
+                state.name, node, [sys.executable, "-m", "nodeplane", "agent", "--config", CONFIG, "--objects", OBJECTS]
+            ),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kernelstate.linux import netns
-from netnslab import processes
+from netnslab import node_cgroups, processes
 from netnslab.errors import LabError
 from netnslab.state import LabPod, LabState, Process
 
@@ -57,7 +57,7 @@ def _start(state: LabState, node: str) -> subprocess.Popen[bytes]:
     with (state.node_dir(node) / "responder.log").open("ab") as log:
         process: subprocess.Popen[bytes] = netns.popen(
             state.node_netns(node),
-            [sys.executable, "-m", "netnslab.responder", str(control)],
+            node_cgroups.within(state.name, node, [sys.executable, "-m", "netnslab.responder", str(control)]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -111,7 +111,7 @@ def start_commands(state: LabState, pods: Iterable[LabPod]) -> list[str]:
             try:
                 process = netns.popen(
                     pod.netns,
-                    pod.command,
+                    node_cgroups.within(state.name, pod.node, pod.command),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,

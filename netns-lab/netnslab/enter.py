@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
-from netnslab import agents, mounts, names
+from netnslab import agents, mounts, names, node_cgroups
 from netnslab.errors import LabError
 from netnslab.state import LabState
 
@@ -19,24 +19,29 @@ class Place(NamedTuple):
 
     netns: str
     view: mounts.NodeView | None
+    lab: str = ""
+    node: str = ""
+    """Whose process it becomes; empty: nobody's."""
 
 
 def find_place(state: LabState, stated: str) -> Place:
     """Return where ``ns/pod``, a node, ``external``, ``router`` or a pod of the default namespace is. Raises LabError."""
     if "/" not in stated:
         if state.topology.node(stated) is not None:
-            return Place(state.node_netns(stated), agents.node_view(state, stated))
+            return Place(state.node_netns(stated), agents.node_view(state, stated), state.name, stated)
         if stated in {names.EXTERNAL, names.ROUTER}:
             return Place(state.node_netns(stated), None)
     pod = state.pod(stated if "/" in stated else f"default/{stated}")
     if pod is None:
         nodes = ", ".join(n.name for n in state.topology.nodes)
         raise LabError(f"lab {state.name!r} has no pod or node {stated!r}; its nodes are {nodes}, external and router")
-    return Place(pod.netns, agents.node_view(state, pod.node) if pod.host_network else None)
+    return Place(pod.netns, agents.node_view(state, pod.node) if pod.host_network else None, state.name, pod.node)
 
 
 def become(place: Place, command: Sequence[str]) -> NoReturn:
     """Replace this process by a program in that place. Raises LabError if there is no such program."""
+    if place.node:
+        node_cgroups.enter(place.lab, place.node)
     mounts.enter(place.netns, place.view)
     os.environ["PATH"] = agents.path_with_program()
     try:

@@ -16,7 +16,7 @@ import msgspec
 from clusterstate.objects import ObjectRef, Pod
 from clusterstate.parse import parse_object
 from kernelstate.linux import netns
-from netnslab import agents, answering, attaching, names, processes, wiring
+from netnslab import agents, answering, attaching, names, node_cgroups, processes, wiring
 from netnslab import state as states
 from netnslab.controlplane import complete
 from netnslab.errors import LabError, LabInputError
@@ -63,6 +63,7 @@ def _refuse_taken(wanted: Iterable[str]) -> None:
 def _make(state: LabState, objects: Given, say: Say, timeout: float) -> None:
     for node in state.topology.nodes:
         agents.node_view(state, node.name).make()
+    node_cgroups.make(state.name, [n.name for n in state.topology.nodes])
     state.objects.mkdir()
     segments = ", ".join(s.name for s in state.topology.segments)
     say(f"{len(state.topology.nodes)} nodes on {segments}, a router, an external client")
@@ -306,4 +307,5 @@ def _take_down(name: str, state: LabState | None, say: Say) -> None:
         for space in spaces:
             netns.delete(space)
         say(f"{killed} processes and {len(inodes)} namespaces taken away")
+    node_cgroups.remove(name)
     states.remove_root(name)

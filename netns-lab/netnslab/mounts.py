@@ -3,6 +3,7 @@
     on the host                                     as a node's agent, or `lab exec NODE`, sees it
     /run                                            /run              (tmpfs; the host's entries bound into it)
     /run/nodeplane/labs/<lab>/nodes/<node>/run      /run/nodeplane
+    cgroup nodeplane-<lab>/<node>                   /run/nodeplane/cgroup  (the processes of the node and of its pods)
                                  .../objects        /run/nodeplane/objects
                         nodes/<node>/flannel        /run/flannel
                         nodes/<node>/xtables.lock   /run/xtables.lock   (nodes do not wait for each other's iptables)
@@ -30,6 +31,8 @@ import msgspec
 from kernelstate.errors import KernelRefusedError
 from kernelstate.linux import netns
 
+CGROUP = "/run/nodeplane/cgroup"
+"""The cgroup of a node's processes as its agent sees it."""
 CLONE_NEWNS = 0x20000
 MS_BIND, MS_REC, MS_SLAVE = 0x1000, 0x4000, 1 << 19
 
@@ -41,16 +44,20 @@ class NodeView(msgspec.Struct, frozen=True):
 
     node_dir: Path
     objects: Path
+    cgroup: Path | None = None
+    """The cgroup of the node's processes, where there is one."""
 
     def make(self) -> None:
         """Make the directories, once."""
-        for part in ("run/objects", "flannel", "lib", "cni", "staging"):
+        for part in ("run/objects", "run/cgroup", "flannel", "lib", "cni", "staging"):
             (self.node_dir / part).mkdir(parents=True, exist_ok=True)
         (self.node_dir / "xtables.lock").touch()
 
     def mount(self) -> None:
         """Mount the view in the calling thread's mount namespace, which must be its own."""
         _mount(self.objects, self.node_dir / "run/objects", MS_BIND)
+        if self.cgroup is not None and self.cgroup.exists():
+            _mount(self.cgroup, self.node_dir / "run/cgroup", MS_BIND)
         own = {
             "nodeplane": self.node_dir / "run",
             "flannel": self.node_dir / "flannel",

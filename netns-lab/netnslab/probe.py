@@ -5,7 +5,7 @@
 
     [{"connected": true, "answered_by": "default/web-1", "source_seen": "10.244.1.5", "ms": 0.7}, ...]      in the same order
 
-Each probe runs in a thread that has stepped into the source's namespace. ``connected`` says that a TCP or SCTP connection came
+Each probe runs in a thread that has stepped into the source's namespace, in a process that has stepped into its node's cgroup. ``connected`` says that a TCP or SCTP connection came
 about, or that a datagram was answered. A pod of the lab answers with its name and the source it saw; whoever else listens may say
 what he likes, then ``answered_by`` is null.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import socket
 import time
@@ -24,7 +25,7 @@ from typing import Any
 import msgspec
 
 from kernelstate.linux import netns
-from netnslab import names
+from netnslab import names, node_cgroups
 from netnslab.errors import LabInputError
 from netnslab.responder import IPPROTO_SCTP
 from netnslab.state import LabState
@@ -43,6 +44,8 @@ class Probe(msgspec.Struct, frozen=True):
     port: int
     protocol: str
     seconds: float = SECONDS
+    cgroup: Path | None = None
+    """Of the node whose process it is, where there is one."""
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -86,19 +89,22 @@ def _read(raw: object, at: str, state: LabState) -> Probe:
     if not isinstance(seconds, int | float) or not 0 < seconds <= 60:
         raise LabInputError(f"{at}.timeout: must be seconds, at most 60, is {json.dumps(seconds)}")
     ip = _ip(raw["to_ip"], f"{at}.to_ip") if "to_ip" in raw else _pod_ip(raw["to"], f"{at}.to", state)
-    return Probe(source_netns(raw.get("from"), f"{at}.from", state), ip, port, protocol, float(seconds))
+    netns, node = source_of(raw.get("from"), f"{at}.from", state)
+    cgroup = node_cgroups.path(state.name, node) if node else None
+    return Probe(netns, ip, port, protocol, float(seconds), cgroup if cgroup is not None and cgroup.exists() else None)
 
 
-def source_netns(stated: object, at: str, state: LabState) -> str:
-    """Return the namespace of ``ns/pod``, ``node:NAME`` or ``external``. Raises LabInputError."""
+def source_of(stated: object, at: str, state: LabState) -> tuple[str, str]:
+    """Return the namespace of ``ns/pod``, ``node:NAME`` or ``external``, and the node it is on. Raises LabInputError."""
     if stated == names.EXTERNAL:
-        return state.node_netns(names.EXTERNAL)
+        return state.node_netns(names.EXTERNAL), ""
     if isinstance(stated, str):
-        if stated.startswith("node:") and state.topology.node(stated.removeprefix("node:")):
-            return state.node_netns(stated.removeprefix("node:"))
+        node = stated.removeprefix("node:")
+        if stated != node and state.topology.node(node):
+            return state.node_netns(node), node
         pod = state.pod(stated)
         if pod is not None:
-            return pod.netns
+            return pod.netns, pod.node
     raise LabInputError(f"{at}: must be a pod as namespace/name, node:NAME or external, is {json.dumps(stated)}")
 
 
@@ -120,9 +126,39 @@ def _ip(stated: object, at: str) -> str:
 
 
 def run_probes(probes: list[Probe]) -> list[Answer]:
-    """Try all of them, up to 32 at a time; the answers are in the order of the probes."""
+    """Try all of them, up to 32 at a time from each node; the answers are in the order of the probes."""
+    groups: dict[Path | None, list[int]] = {}
+    for number, probe in enumerate(probes):
+        groups.setdefault(probe.cgroup, []).append(number)
+    found: dict[int, Answer] = {}
+    elsewhere = [(numbers, _start(cgroup, [probes[n] for n in numbers])) for cgroup, numbers in groups.items() if cgroup]
+    found.update(zip(groups.get(None, ()), _run_all([probes[n] for n in groups.get(None, ())]), strict=True))
+    for numbers, (pid, reading) in elsewhere:
+        with os.fdopen(reading, "rb") as data:
+            text = data.read()
+        os.waitpid(pid, 0)
+        found.update(zip(numbers, msgspec.json.decode(text, type=list[Answer]), strict=True))
+    return [found[number] for number in range(len(probes))]
+
+
+def _run_all(probes: list[Probe]) -> list[Answer]:
     with ThreadPoolExecutor(min(PARALLEL, len(probes)) or 1) as pool:
         return list(pool.map(_run, probes))
+
+
+def _start(cgroup: Path, probes: list[Probe]) -> tuple[int, int]:
+    """Start a process that runs probes inside a cgroup; return it, and where its answers are to be read."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(writing)
+        return pid, reading
+    try:
+        (cgroup / "cgroup.procs").write_text("0")
+        with os.fdopen(writing, "wb") as out:
+            out.write(msgspec.json.encode(_run_all(probes)))
+    finally:
+        os._exit(0)
 
 
 def _run(probe: Probe) -> Answer:

@@ -109,7 +109,9 @@ def render_entries(context: SocketContext, entries: Iterable[ServiceEntry]) -> S
         if protocol is None:
             continue
         for frontend in entry.frontends:
-            key = SocketFrontend(entry.family, protocol, NODE_PORT if frontend.address is None else int(frontend.address), frontend.port)
+            key = SocketFrontend(
+                entry.family, protocol, NODE_PORT if frontend.address is None else int(frontend.address), frontend.port
+            )
             is_own = frontend.address is not None and (entry.family, key.address) in context.own
             if is_own or key in frontends or _is_left(context, entry, frontend):
                 frontends[key] = LEFT
@@ -129,9 +131,7 @@ def _is_left(context: SocketContext, entry: ServiceEntry, frontend: Frontend) ->
     )
 
 
-def _service(
-    context: SocketContext, entry: ServiceEntry, frontend: Frontend, pools: dict[int, Pool]
-) -> SocketService:
+def _service(context: SocketContext, entry: ServiceEntry, frontend: Frontend, pools: dict[int, Pool]) -> SocketService:
     """Say who is led where. Policy Local outside binds neither pods nor the node: they reach every endpoint."""
     inside = frontend.kind is Kind.CLUSTER_IP
     is_local = inside and entry.internal_local

@@ -191,7 +191,13 @@ def asked_by_sockets(draw, snapshot, family=4):
     """Draw a flow, mostly aimed at what the cluster has, and where it can be, asked for by a socket of the node or of a pod here."""
     flow = draw(flows(family=family))
     targets = sorted(
-        {(a, p.protocol, n) for s in snapshot.services.values() for p in s.ports for a, n in _aims(s, p) if a.version == family},
+        {
+            (a, p.protocol, n)
+            for s in snapshot.services.values()
+            for p in s.ports
+            for a, n in _aims(s, p)
+            if a.version == family
+        },
         key=str,
     )
     if targets and draw(st.integers(0, 5)):
