@@ -40,7 +40,7 @@ HOOKS: Mapping[str, int] = {
     "np_connect4": 10,
     "np_connect6": 11,
 }
-"""Programs and their hooks (``enum bpf_attach_type``): the way back before the way out."""
+"""Programs and their hooks (``enum bpf_attach_type``): the way back before the way out. All of them use ``settings``."""
 KEPT = {"clients": (16, 32), "tcp_peers": (32, 20), "udp_peers": (32, 20)}
 """What is remembered of sockets: maps that go on under new programs, if key and value still have these sizes."""
 SO_NETNS_COOKIE = 71
@@ -208,7 +208,7 @@ class LinuxServiceMaps:
 
     def _take_off(self, cgroup: Cgroup) -> bool:
         found = False
-        for name, kind in HOOKS.items():
+        for name, kind in reversed(HOOKS.items()):
             program = cgroup.find(kind, name)
             if program is None:
                 continue

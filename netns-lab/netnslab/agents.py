@@ -108,13 +108,12 @@ def start(state: LabState, nodes: Sequence[str]) -> dict[str, subprocess.Popen[b
 def _start(state: LabState, node: str) -> subprocess.Popen[bytes]:
     directory = state.node_dir(node)
     write_config(state, node)
+    command = [sys.executable, "-m", "nodeplane", "agent", "--config", CONFIG, "--objects", OBJECTS]
     with (directory / "agent.log").open("ab") as log:
         process = mounts.popen(
             state.node_netns(node),
             node_view(state, node),
-            node_cgroups.within(
-                state.name, node, [sys.executable, "-m", "nodeplane", "agent", "--config", CONFIG, "--objects", OBJECTS]
-            ),
+            node_cgroups.within(state.name, node, command, mounts.CGROUP),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

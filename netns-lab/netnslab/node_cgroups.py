@@ -40,12 +40,15 @@ def make(lab: str, nodes: Sequence[str]) -> None:
                 own.mkdir(parents=True, exist_ok=True)
 
 
-def within(lab: str, node: str, argv: Sequence[str]) -> list[str]:
-    """Return a command that runs another inside a node's cgroup, or that other where the node has none."""
+def within(lab: str, node: str, argv: Sequence[str], seen_at: str = "") -> list[str]:
+    """Return a command that runs another inside a node's cgroup, or that other where the node has none.
+
+    ``seen_at``: where the cgroup is for who has another view of the machine's files.
+    """
     own = path(lab, node)
     if own is None or not own.exists():
         return list(argv)
-    return ["sh", "-c", _MOVE, str(own / "cgroup.procs"), *argv]
+    return ["sh", "-c", _MOVE, f"{seen_at or own}/cgroup.procs", *argv]
 
 
 def enter(lab: str, node: str) -> None:

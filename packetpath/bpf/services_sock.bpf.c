@@ -249,11 +249,16 @@ always_inline int out(struct bpf_sock_addr *ctx, void *peers, const struct np_en
 	return ALLOWED;
 }
 
-/* On the way back: the service in the place of the endpoint. */
+/* On the way back: the service in the place of the endpoint. Settings are looked at so that each program has them: they tell the
+ * agent whose programs these are. */
 always_inline int back(struct bpf_sock_addr *ctx, void *peers, const struct np_end *end, const int v6)
 {
-	const struct np_end *asked = asked_by(ctx, peers, end);
+	const __u32 only = 0;
+	const struct np_end *asked;
 
+	if (!bpf_map_lookup_elem(&settings, &only))
+		return ALLOWED;
+	asked = asked_by(ctx, peers, end);
 	if (asked)
 		write(ctx, asked, v6);
 	return ALLOWED;

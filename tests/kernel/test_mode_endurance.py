@@ -8,6 +8,7 @@ import threading
 
 import pytest
 from forked_agent import ForkedAgent
+from object_files import Objects
 from service_node import ServiceNode
 
 from kernelstate.linux import netns as namespaces
@@ -24,33 +25,6 @@ NODE = {
     "spec": {"podCIDRs": ["10.244.0.0/16", "fd00:244::/32"]},
     "status": {"addresses": [{"type": "InternalIP", "address": "192.168.1.1"}]},
 }
-
-
-class Objects:
-    """The objects the agent follows, one a file."""
-
-    def __init__(self, folder):
-        self.folder, self.generation = folder, 0
-        folder.mkdir()
-
-    def put(self, *objects):
-        for one in objects:
-            path = self.folder / f"{one['kind']}-{one['metadata']['name']}.json"
-            fresh = path.with_name(f".{path.name}")
-            fresh.write_text(json.dumps(one))
-            fresh.replace(path)
-        self.say()
-
-    def remove(self, name):
-        for path in self.folder.glob(f"*-{name}.json"):
-            path.unlink()
-        self.say()
-
-    def say(self):
-        self.generation += 1
-        fresh = self.folder / "..generation"
-        fresh.write_text(f"{self.generation}\n")
-        fresh.replace(self.folder / ".generation")
 
 
 def service(number, draw):

@@ -42,6 +42,7 @@ class ForkedAgent:
         node: str = "n1",
         overlay: dict | None = None,
         policy: str = "",
+        options: dict | None = None,
         forwarder: Callable[[], LinuxForwarder | None] = lambda: None,
     ) -> None:
         """Take a function that makes the forwarder of backend udp in the agent's own process; None: the usual one."""
@@ -57,6 +58,7 @@ class ForkedAgent:
                     **services,
                 },
                 **({"overlay": overlay} if overlay else {}),
+                **({"serviceOptions": options} if options else {}),
                 **({"policy": {"enabled": True, "mode": policy}} if policy else {}),
             }
         )

@@ -67,3 +67,30 @@ def following() -> Iterator:
     finally:
         for source in sources:
             source.close()
+
+
+class Objects:
+    """The objects the agent follows, one a file."""
+
+    def __init__(self, folder):
+        self.folder, self.generation = folder, 0
+        folder.mkdir()
+
+    def put(self, *objects):
+        for one in objects:
+            path = self.folder / f"{one['kind']}-{one['metadata']['name']}.json"
+            fresh = path.with_name(f".{path.name}")
+            fresh.write_text(json.dumps(one))
+            fresh.replace(path)
+        self.say()
+
+    def remove(self, name):
+        for path in self.folder.glob(f"*-{name}.json"):
+            path.unlink()
+        self.say()
+
+    def say(self):
+        self.generation += 1
+        fresh = self.folder / "..generation"
+        fresh.write_text(f"{self.generation}\n")
+        fresh.replace(self.folder / ".generation")
