@@ -42,7 +42,18 @@ def test_command_lines_are_right():
     assert Path(program).name == "nodeplane"
     assert in_container.config == on_host.config == Path("/etc/nodeplane/config.yaml")
     assert (in_container.command, on_host.command) == ("agent", "agent")
-    assert make_parser().parse_args(CONTAINER["readinessProbe"]["exec"]["command"][1:]).command == "status"
+
+
+def test_probes_ask_what_is_served():
+    """The kubelet asks the port at which the agent answers with the ConfigMap's configuration."""
+    config = parse_config(yaml.safe_load(MANIFESTS["ConfigMap"]["data"]["config.yaml"]), "n1")
+    (port,) = CONTAINER["ports"]
+    assert port["containerPort"] == port["hostPort"] == config.servers.healthz.port
+    asked = {name: CONTAINER[name]["httpGet"] for name in ("readinessProbe", "livenessProbe")}
+    assert asked == {
+        "readinessProbe": {"path": "/healthz", "port": port["name"]},
+        "livenessProbe": {"path": "/livez", "port": port["name"]},
+    }
 
 
 def test_rights_are_those_that_are_used():
