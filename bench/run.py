@@ -21,7 +21,6 @@ import msgspec
 from bench.machine import machine_facts
 from bench.result import Options, Result, Row, result_table, write_result
 from nodeplane.commands import Failed, Usage
-from nodeplane.config import MODES
 
 BENCHMARKS: dict[str, str] = {
     "services-change": "bench.services_change",
@@ -98,6 +97,10 @@ def _names(stated: str | None, services: int | None) -> list[str]:
     if services is not None and WITHOUT_SERVICES.intersection(names):
         raise Usage(f"--services: {stated} has nodes and pods, and no number of Services")
     return list(names)
+
+
+MODES = ("iptables", "ipvs", "nftables")
+"""Modes that packets tell apart; what sockets are told in mode ``ebpf`` is met by no packet."""
 
 
 def _modes(stated: str | None) -> tuple[str, ...]:

@@ -150,7 +150,7 @@ def _add_bench(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("bench", help="measure; without a name, everything")
     parser.add_argument("name", nargs="?", metavar="NAME")
     parser.add_argument("--services", type=int, metavar="N", help="how many Services (default: the benchmark's own)")
-    parser.add_argument("--mode", metavar="M", help="service mode: iptables, ipvs, nftables or ebpf")
+    parser.add_argument("--mode", metavar="M", help="service mode: iptables, ipvs or nftables")
     parser.add_argument("--results", type=Path, metavar="DIR", default=Path("bench/results"), help="where JSON and plots go")
     parser.add_argument("-o", "--output", choices=["text", "json"], default="text")
     parser.set_defaults(run=lazy("bench.run"))

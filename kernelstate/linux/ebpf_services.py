@@ -208,7 +208,7 @@ class LinuxServiceMaps:
 
     def _take_off(self, cgroup: Cgroup) -> bool:
         found = False
-        for name, kind in reversed(HOOKS.items()):
+        for name, kind in reversed(tuple(HOOKS.items())):
             program = cgroup.find(kind, name)
             if program is None:
                 continue

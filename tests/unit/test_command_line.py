@@ -24,7 +24,7 @@ def run(capsys, *arguments):
     [
         (["render", "--objects", "/nonexistent", "--node", "n1"], "/nonexistent"),
         (["render", "--objects", str(HOSTNAMES / "cluster.yaml"), "--node", "n9"], "--node n9: no such Node"),
-        (["render", *OBJECTS, "--mode", "ebpf"], "--mode: must be one of iptables, ipvs, nftables, is 'ebpf'"),
+        (["render", *OBJECTS, "--mode", "xdp"], "--mode: must be one of iptables, ipvs, nftables, ebpf, is 'xdp'"),
         (["render", *OBJECTS, "--part", "overlay"], "--part overlay: the configuration has no overlay"),
         (["render", *OBJECTS, "--local-address", "x"], "--local-address: must be an IP address"),
         (["agent", *CONFIG, "--objects", "/nonexistent"], "/nonexistent"),

@@ -85,7 +85,8 @@ def test_overlay_section():
             node(services={"iptables": {"syncPeriod": "1s", "minSyncPeriod": "2s"}}),
             "services.iptables.minSyncPeriod: must not be greater than syncPeriod, is 2 s",
         ),
-        (node(services={"mode": "ebpf"}), "services.mode: must be one of iptables, ipvs, nftables, is 'ebpf'"),
+        (node(services={"mode": "xdp"}), "services.mode: must be one of iptables, ipvs, nftables, ebpf, is 'xdp'"),
+        (node(serviceOptions={"cgroup": "here"}), "serviceOptions.cgroup: must be an absolute path, is 'here'"),
         (node(services={"clusterCIDR": "10.244.0.0/33"}), "services.clusterCIDR: must be a CIDR, is '10.244.0.0/33'"),
         (
             node(services={"nodePortAddresses": ["primary", "10.0.0.0/8"]}),
