@@ -26,7 +26,7 @@ from clusterstate.snapshot import Name
 from kernelstate.objects.address import Family
 from netpolicy.blocks import Interval, joined
 from netpolicy.selections import PeerChange
-from netpolicy.table import AllowRule, Direction, PodPolicy, PolicyTable, PortRange, join_ports, policy_name
+from netpolicy.table import AllowRule, Direction, PodPolicy, PolicyTable, PortRange, RuleKey, join_ports, policy_name
 
 PARTS = ("peers", "blocks", "ports", "tuples", "boxes")
 SINGLE_PORTS = 16
@@ -97,8 +97,14 @@ class Clause:
         self.ports = {rule.key: join_ports((*rule.ports, *ports)) for rule, ports in zip(rules, doors, strict=True)}
         self.unions: dict[Family, Union] = {family: self._union(family) for family in (4, 6)}
         self.parts = {part: held for part, held in self._parts().items() if held}
+        self._large = _large_ranges(self.rules.values(), self.ports)
         self.everything = any(rule.is_about_all for rule in rules)
         """Every packet fits, whatever is in the unions."""
+
+    @property
+    def large_ranges(self) -> dict[PortRange, list[AllowRule]]:
+        """The ranges that are too large to be written port by port, sorted, and the rules that state each."""
+        return {ports: [self.rules[key] for key in keys] for ports, keys in self._large.items()}
 
     def words(self, part: str) -> str:
         """Say which rules fill a part, and what they state."""
@@ -207,6 +213,17 @@ def short_name(direction: Direction, stated: object) -> str:
 def rules_words(rules: Iterable[AllowRule]) -> str:
     """Say several rules: ``shop/db[0] from pods of its namespace; on TCP 5432 | ...``."""
     return " | ".join(f"{policy_name(rule.key.policy)}[{rule.key.number}] {rule.says}" for rule in rules)
+
+
+def _large_ranges(
+    rules: Iterable[AllowRule], stated: Mapping[RuleKey, tuple[PortRange, ...]]
+) -> dict[PortRange, list[RuleKey]]:
+    found: dict[PortRange, list[RuleKey]] = {}
+    for rule in rules:
+        for ports in () if rule.every_port else stated[rule.key]:
+            if not is_single(ports):
+                found.setdefault(ports, []).append(rule.key)
+    return dict(sorted(found.items()))
 
 
 def is_single(ports: PortRange) -> bool:

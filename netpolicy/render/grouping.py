@@ -50,6 +50,8 @@ class Grouping:
         """By policy: the pods that it is about, be it in their groups or not, where what it says may make no difference."""
         self._members: dict[GroupKey, set[Name]] = defaultdict(set)
         self._users: dict[ClauseKey, set[GroupKey]] = defaultdict(set)
+        self._clauses_of: dict[Name, dict[str, Clause]] = defaultdict(dict)
+        """By policy and their names: the clauses that have rules of it."""
         self._at: dict[Place, dict[Name, GroupKey]] = defaultdict(dict)
 
     def at(self, direction: Direction, address: IPAddress) -> list[Group]:
@@ -88,11 +90,14 @@ class Grouping:
 
     def _fill(self, key: ClauseKey, table: PolicyTable) -> Clause:
         """Make a clause, or let the one there is have its rules as they are now."""
-        if key in self.clauses:
-            self.clauses[key].take(rules_of(key, table))
-        else:
-            self.clauses[key] = Clause(key, rules_of(key, table))
-        return self.clauses[key]
+        clause = self.clauses.get(key)
+        if clause is not None:
+            clause.take(rules_of(key, table))
+            return clause
+        clause = self.clauses[key] = Clause(key, rules_of(key, table))
+        for policy, _ in key.policies:
+            self._clauses_of[policy][clause.name] = clause
+        return clause
 
     def _settle(self, name: Name, table: PolicyTable, left: set[GroupKey]) -> set[Place]:
         """Find a pod's groups anew; return the places that may lead elsewhere now."""
@@ -130,9 +135,7 @@ class Grouping:
         moved = []
         for policy, keys in by_policy.items():
             rules = {rule.key: rule for rule in table.rules.get(policy, ())}
-            groups = {key for name in self._pods_of[policy] for key in self._pods[name][1].values()}
-            for one in {key for group in groups for key in group.clauses}:
-                clause = self.clauses[one]
+            for clause in self._clauses_of[policy].values():
                 moved += [(clause, clause.move(rules[key], change.peers[key])) for key in keys if key in clause.rules]
         return moved
 
@@ -150,4 +153,7 @@ class Grouping:
 
     def _drop(self, key: ClauseKey) -> Clause:
         del self._users[key]
-        return self.clauses.pop(key)
+        clause = self.clauses.pop(key)
+        for policy, _ in key.policies:
+            del self._clauses_of[policy][clause.name]
+        return clause

@@ -59,7 +59,7 @@ def look_ups(clause: Clause, family: Family) -> Iterator[LookUp]:
         yield ask("TUPLES", clause.words("tuples"), peer, "dst")
     if _net_rules(clause):
         yield ask("NETS", rules_words(_net_rules(clause)), peer, "dst")
-    for ports, rules in _large_ranges(clause).items():
+    for ports, rules in clause.large_ranges.items():
         matches: list[Match] = []
         protocol = _PROTOCOLS[ports.protocol]
         if (ports.first, ports.last) != _EVERY_PORT:
@@ -96,7 +96,7 @@ def moves_of(clause: Clause, family: Family, touched: Touched) -> Iterator[tuple
 
 def ranges_of(clause: Clause, family: Family) -> Iterator[tuple[SetSpec, set[Member]]]:
     """Yield the sets of those who may use a large range of ports, whole."""
-    for ports, rules in _large_ranges(clause).items():
+    for ports, rules in clause.large_ranges.items():
         if not _is_for_everybody(rules):
             yield _range_set(clause, ports, rules, family)
 
@@ -131,16 +131,6 @@ def _networks(rule: AllowRule, family: Family) -> list[tuple[int, int]]:
     if rule.everybody:
         return prefixes(Interval(family, 0, (1 << BITS[family]) - 1))
     return [one for block in rule.blocks if block.family == family for one in prefixes(block)]
-
-
-def _large_ranges(clause: Clause) -> dict[PortRange, list[AllowRule]]:
-    """Return the ranges that are too large to be written port by port, sorted, and the rules that state each."""
-    found: dict[PortRange, list[AllowRule]] = {}
-    for rule in clause.rules.values():
-        for ports in () if rule.every_port else clause.ports[rule.key]:
-            if not is_single(ports):
-                found.setdefault(ports, []).append(rule)
-    return dict(sorted(found.items()))
 
 
 def _is_for_everybody(rules: list[AllowRule]) -> bool:
