@@ -83,11 +83,11 @@ class PolicyCompiler:
         for name in pods:
             self._selections.move(name, live(snapshot.pods.get(name)), snapshot.namespaces)
         stale = {name for name in policies if name in self.rules}
-        touched = self._targets.move(snapshot, pods, policies, self._here, self._selections.candidates)
+        touched, about = self._targets.move(snapshot, pods, policies, self._here, self._selections.candidates)
         touched |= {name for name in pods if name in self.pods}
         stale |= {name for name in self._targets.used() if name not in self.rules}
         stale |= {name for name in self.rules if not self._targets.of(name)}
-        stale |= self._with_doors(touched)
+        stale |= self._with_doors(about)
         change = PolicyChange({}, {}, {})
         moved = self._selections.take_changes()
         for name in sorted(self._selections.users(moved) - stale):
@@ -197,7 +197,7 @@ class PolicyCompiler:
             if name in chosen or any(b.family == ip.version and b.first <= int(ip) <= b.last for b in blocks for ip in ips):
                 yield name
 
-    def _with_doors(self, touched: set[Name]) -> set[Name]:
+    def _with_doors(self, about: set[Name]) -> set[Name]:
         """Return the policies whose named ports have to be looked up again because pods changed."""
         found = set()
         for name in self.rules:
@@ -205,7 +205,7 @@ class PolicyCompiler:
             if policy is None:
                 continue
             at_peers = self._selections.moved and any(map(_has_names, policy.egress))
-            if at_peers or (any(map(_has_names, policy.ingress)) and touched & self._targets.of(name)):
+            if at_peers or (name in about and any(map(_has_names, policy.ingress))):
                 found.add(name)
         return found
 

@@ -58,12 +58,13 @@ class Targets:
         policies: AbstractSet[Name],
         here: Callable[[Name], Pod | None],
         find: Callable[[str, LabelSelector | None], Collection[Name]],
-    ) -> set[Name]:
-        """Find anew what changed: these pods and policies. Return the pods concerned.
+    ) -> tuple[set[Name], set[Name]]:
+        """Find anew what changed: these pods and policies. Return the pods concerned, and the policies that are or were about them.
 
         ``find`` returns the pods that a selector may select in a namespace (empty: in any), and perhaps a few more.
         """
         touched: set[Name] = set()
+        about: set[Name] = set()
         for policy in policies:
             touched |= self.of(policy)
             if stated_policy(snapshot, policy) is None:
@@ -74,12 +75,14 @@ class Targets:
                 self._pods.setdefault(policy, set())
         for name in pods:
             pod = here(name)
-            touched |= {name for policy in self._candidates(name[0]) - policies if self._settle(snapshot, policy, name, pod)}
+            found = {policy for policy in self._candidates(name[0]) - policies if self._settle(snapshot, policy, name, pod)}
+            touched |= {name} if found else set()
+            about |= found
         for policy in policies:
             if policy in self._pods:
                 among = {*self._pods[policy], *find(policy[0], _pod_selector(stated_policy(snapshot, policy)))}
                 touched |= {name for name in among if self._settle(snapshot, policy, name, here(name))}
-        return touched
+        return touched, about | set(policies)
 
     def _candidates(self, namespace: str) -> set[Name]:
         return self._policies[namespace] | self._policies[EVERYWHERE]

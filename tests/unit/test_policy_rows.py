@@ -11,7 +11,7 @@ from immutables import Map
 from clusterstate.objects import ContainerPort, Namespace, Pod
 from clusterstate.parse import parse_object
 from clusterstate.snapshot import Snapshot, edited
-from netpolicy.compile import compile_policies
+from netpolicy.compile import PolicyCompiler, compile_policies
 from netpolicy.oracle import Flow, Oracle
 
 ADDRESSES = {
@@ -174,3 +174,15 @@ def cluster(*specs: str, more=()) -> Snapshot:
 
 def flow(source: str, destination: str) -> Flow:
     return Flow(ip_address(ADDRESSES[source]), ip_address(ADDRESSES[destination]), "TCP", 5432)
+
+
+def test_a_named_port_goes_with_its_pod():
+    """Where a port's name led at a pod that is gone it leads no more, while other pods stay selected: the address may be another's."""
+    before = cluster("ingress: [{ports: [{port: pg}]}]")
+    compiler = PolicyCompiler("n1")
+    compiler.update(before, None)
+    ended = next(one for one in PODS if one.name == "db")
+    after = edited(before, [ended], [])
+    compiler.update(after, frozenset({ended.ref}))
+    assert compiler.table == compile_policies(after, "n1")
+    assert [rule.doors for rule in compiler.table.rules["a", "p0"]] == [frozenset()]
