@@ -18,13 +18,13 @@ milliseconds (``SETTLE``), in order not to take half a deleted directory for del
 """
 
 # Paths are keys of dictionaries here, compared and cut as text, thousands at a time.
-# ruff: noqa: PTH110, PTH112, PTH114, PTH118, PTH120
+# ruff: noqa: PTH110, PTH112, PTH114, PTH116, PTH118, PTH120
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -41,6 +41,8 @@ DOUBT = 5
 """Milliseconds to wait for news of a file that holds less than before: cut short by a writer this moment, its event is on the way."""
 BROKEN = 100
 """The same for a file that is empty or breaks off: on a busy machine its writer may have been stopped in the middle."""
+EMPTIED = 500
+"""Milliseconds: so long a disk may take to cut a file, which is what opening it for writing does, before anybody is told."""
 ROUNDS = 50
 """How often one ``poll`` looks for more before it hands over what it has; the rest stays for the next."""
 
@@ -105,7 +107,7 @@ class FileSource:
         files: dict[str, Holding | None] = {}
         for _ in range(ROUNDS):
             seen = Seen()
-            if not self._watch.drain(seen):
+            if not self._watch.drain(seen) and not self._has_more_to_come(files):
                 break
             if seen.unsettled:
                 self._settle(seen)
@@ -117,6 +119,11 @@ class FileSource:
         else:
             return self._hand_over(files, self._said)
         return self._hand_over(files, self._said if self._unread else self._generation())
+
+    def _has_more_to_come(self, files: Mapping[str, Holding | None]) -> bool:
+        """Tell whether something happens to a file that was read empty: it may be so for a while before inotify says who empties it."""
+        is_empty = any(holding is not None and holding.errors and _size(path) == 0 for path, holding in files.items())
+        return is_empty and self._watch.wait(EMPTIED)
 
     def _settle(self, seen: Seen) -> None:
         """Wait for the end of a deletion, unless its writer has declared it complete."""
@@ -275,3 +282,10 @@ def load_objects(paths: Sequence[Path]) -> tuple[Snapshot, tuple[ObjectError, ..
     with gc_paused():
         holdings.replace(files)
     return replace(holdings.snapshot, revision=1), (*holdings.errors(), *unlisted)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
