@@ -116,15 +116,15 @@ class Selections:
         self._used[user] = wanted
 
     def candidates(self, namespace: str, selector: LabelSelector | None) -> Collection[Name]:
-        """Return the pods that a selector may select in a namespace (empty: in any), and perhaps a few more."""
-        few: Collection[Name] = self._by_namespace.get(namespace, frozenset()) if namespace else self.names
+        """Return the pods of a namespace (empty: of any) that a selector may select, and perhaps a few more of it."""
+        whole: Collection[Name] = self._by_namespace.get(namespace, frozenset()) if namespace else self.names
         pairs = _required(selector)
         if pairs is None:
-            return few
+            return whole
         sets: list[AbstractSet[Name]] = [self._by_label.get(pair, frozenset()) for pair in pairs]
-        if sum(map(len, sets)) >= len(few):
-            return few
-        return sets[0] if len(sets) == 1 else frozenset().union(*sets)
+        if sum(map(len, sets)) >= len(whole):
+            return whole
+        return {name for one in sets for name in one if namespace in {"", name[0]}}
 
     def forget(self, user: Name) -> None:
         """Say that a policy uses none any more."""

@@ -54,14 +54,14 @@ class Targets:
     def move(
         self,
         snapshot: Snapshot,
-        pods: Iterable[Name],
+        pods: AbstractSet[Name],
         policies: AbstractSet[Name],
         here: Callable[[Name], Pod | None],
         find: Callable[[str, LabelSelector | None], Collection[Name]],
     ) -> tuple[set[Name], set[Name]]:
         """Find anew what changed: these pods and policies. Return the pods concerned, and the policies that are or were about them.
 
-        ``find`` returns the pods that a selector may select in a namespace (empty: in any), and perhaps a few more.
+        ``find`` returns the pods of a namespace (empty: of any) that a selector may select, and perhaps a few more.
         """
         touched: set[Name] = set()
         about: set[Name] = set()
@@ -73,9 +73,10 @@ class Targets:
             else:
                 self._policies[policy[0]].add(policy)
                 self._pods.setdefault(policy, set())
+        others = {namespace: self._candidates(namespace) - policies for namespace in {name[0] for name in pods}}
         for name in pods:
             pod = here(name)
-            found = {policy for policy in self._candidates(name[0]) - policies if self._settle(snapshot, policy, name, pod)}
+            found = {policy for policy in others[name[0]] if self._settle(snapshot, policy, name, pod)}
             touched |= {name} if found else set()
             about |= found
         for policy in policies:
@@ -107,7 +108,7 @@ def _pod_selector(policy: Stated | None) -> LabelSelector | None:
 
 def _is_about(policy: Stated, pod: Pod, namespaces: Mapping[str, Namespace]) -> bool:
     if isinstance(policy, NetworkPolicy):
-        return selects(policy.pod_selector, pod.labels)
+        return policy.namespace == pod.namespace and selects(policy.pod_selector, pod.labels)
     subject = policy.subject
     if subject.namespace_selector is not None and not selects(
         subject.namespace_selector, namespace_labels(namespaces, pod.namespace)
