@@ -5,7 +5,8 @@
     status.json          without a first round in sync: likewise, so far
     plugins              CNI_PATH lacks one that ADD needs, or it says itself that it is not ready
 
-Where there is no agent.lock at all, somebody else wrote subnet.env (flanneld), and that is all there is to ask for.
+The agent's files are beside the socket at which it is asked (policySocket). Where there is no agent.lock at all, somebody
+else wrote subnet.env (flanneld), and that is all there is to ask for.
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ import json
 import os
 from typing import Any
 
-from nodeplane.cni import ipam
+from nodeplane.cni import gate, ipam
 from nodeplane.cni.config import TYPE, render
 from nodeplane.cni.delegate import find_plugin, pass_on
 from nodeplane.cni.protocol import NOT_AVAILABLE, TRY_LATER, CniError, Json
 from nodeplane.cni.verbs import Environment
-
-RUN_DIR = "/run/nodeplane"
 
 
 def check_ready(conf: Json, environment: Environment) -> None:
@@ -31,7 +30,7 @@ def check_ready(conf: Json, environment: Environment) -> None:
         if error.code == TRY_LATER:
             raise CniError(NOT_AVAILABLE, error.message) from error
         raise
-    check_agent(RUN_DIR)
+    check_agent(os.path.dirname(rendered.get("policySocket") or gate.SOCKET))
     if rendered["type"] != TYPE:
         try:
             find_plugin(rendered["type"], environment["CNI_PATH"])

@@ -62,6 +62,7 @@ class CniNode:
     def plugin(self, **fields: Any) -> dict[str, Any]:
         """Return a plugin's object in a conflist, with everything it keeps in this node's directory."""
         own = {"subnetFile": str(self.subnet_file), "dataDir": str(self.directory / "records"), "capabilities": CAPABILITIES}
+        own["policySocket"] = str(self.directory / "policy.sock")
         own["ipam"] = {"dataDir": str(self.directory / "networks")}
         return {"type": "nodeplane-cni", **own, **fields}
 
