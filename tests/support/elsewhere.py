@@ -29,6 +29,7 @@ from netnslab import vm, vm_kernel, vm_qemu
 from netnslab.errors import LabError
 
 REPORTS = "NODEPLANE_TEST_REPORTS"  # set in the other process: where reports go
+NAMES = "NODEPLANE_TEST_NAMES"  # as well: a file with the names of its tests, as JSON. As words they could be too long, or not be found
 SECONDS = 1200
 NICENESS = {"beside": 3, "machine": 5}
 """Tests that run here at the same time measure how long things take; those in the machine have an emulated CPU anyway."""
@@ -39,11 +40,16 @@ WORTH_IT = 100
 
 
 class Reporting:
-    """In the other process: writes each report as a line of JSON."""
+    """In the other process: keeps the tests it is to run of those in its files, and writes each report as a line of JSON."""
 
     def __init__(self, config: pytest.Config, path: str) -> None:
         self._config = config
         self._file = Path(path).open("a", buffering=1)  # noqa: SIM115  open as long as pytest runs
+        self._names = set(json.loads(Path(os.environ[NAMES]).read_text()))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [item for item in items if item.nodeid in self._names]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
@@ -94,7 +100,7 @@ class _Group:
         self._process: _Process | None = None
 
     def start(self) -> None:
-        self._process = self._kind([item.nodeid for item in self._items], self._config.rootpath)
+        self._process = self._kind(list(self._items), self._config.rootpath)
 
     def close(self) -> None:
         if self._process is not None:
@@ -134,12 +140,16 @@ class _Process:
 
     place = ""
 
-    def __init__(self, names: Sequence[str], folder: Path) -> None:
+    def __init__(self, items: Sequence[pytest.Item], folder: Path) -> None:
         self.unavailable = ""
+        self._names = tempfile.NamedTemporaryFile("w", suffix=".json")  # noqa: SIM115
+        json.dump([item.nodeid for item in items], self._names)
+        self._names.flush()
+        files = dict.fromkeys(str(item.path.relative_to(folder)) for item in items)
         self._process: subprocess.Popen[bytes] | None = None
         self._heard: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  open until close
         self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        self.begin([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names], folder)
+        self.begin([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], folder)
 
     def begin(self, words: list[str], folder: Path) -> None:
         """Start it, or say in ``unavailable`` why it can't be."""
@@ -150,7 +160,7 @@ class _Process:
         self._process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "nice", "-n", str(niceness), *words],
             cwd=folder,
-            env={**os.environ, **environment},
+            env={**os.environ, NAMES: self._names.name, **environment},
             stdin=subprocess.DEVNULL,
             stdout=self._heard,
             stderr=self._said,
@@ -172,8 +182,8 @@ class _Process:
             self._process.kill()
             self._process.wait()
             self._process = None
-        self._heard.close()
-        self._said.close()
+        for file in (self._heard, self._said, self._names):
+            file.close()
 
 
 REPORTS_TO_OUTPUT = ("bash", "-c", 'exec 9>&1 >&2; exec "$@"', "bash")
@@ -204,7 +214,8 @@ class _Machine(_Process):
         except LabError:
             pass  # the machine says it, and the tests fail with it
         bytecode = {"PYTHONPYCACHEPREFIX": str(BYTECODE)}
-        _compile_here([*words, "--collect-only"], {**os.environ, **bytecode, REPORTS: os.devnull}, folder)
+        collecting = {**os.environ, **bytecode, REPORTS: os.devnull, NAMES: self._names.name}
+        _compile_here([*words, "--collect-only"], collecting, folder)
         machine = [sys.executable, "-m", "netnslab.vm", "--timeout", str(SECONDS), "--"]
         environment = {**bytecode, REPORTS: "/dev/fd/9"}
         self.run([*machine, *REPORTS_TO_OUTPUT, *words], environment, folder, NICENESS["machine"])

@@ -194,6 +194,7 @@ def test_a_file_that_is_not_whole(file, cut):
         (gzip.compress(b'{"kind":"List","items":[]}'), "its format is ''"),
         (gzip.compress(b'{"kind":"List","metadata":{"format":"nodeplane objects 99"},"items":[]}'), "objects 99"),
     ],
+    ids=["text", "bytes", "list", "no-format", "other-format"],  # gzip puts the time into the bytes of which pytest makes names
 )
 def test_a_file_of_somebody_else(file, content, words):
     """A file that no agent of this version wrote is refused, and the reason said."""
