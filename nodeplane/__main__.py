@@ -18,7 +18,9 @@ from nodeplane.commands import Failed, Usage, add_commands
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
-        prog="nodeplane", description="A Kubernetes node's network dataplane: Services, pod overlay, NetworkPolicy."
+        prog="nodeplane",
+        description="A Kubernetes node's network dataplane: Services, pod overlay, NetworkPolicy.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"nodeplane {version('nodeplane')}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log more, to stderr")

@@ -2,6 +2,7 @@
 
     --objects P                     files and directories
     --kubeconfig F                  the server that a kubeconfig names
+    --master URL, agent alone       that server, whatever the kubeconfig says, or without one and without credentials
     neither, agent alone            services.clientConnection.kubeconfig, else the service account of the pod the agent runs in
 
 An agent keeps what a server said over a reboot (``kept_source.py``); files are kept by who writes them.
@@ -59,9 +60,10 @@ def open_source(args: argparse.Namespace, config: NodeConfig) -> ClusterSource:
     if args.objects:
         return FileSource(args.objects)
     kubeconfig = args.kubeconfig or (Path(config.kubeconfig) if config.kubeconfig else None)
-    if kubeconfig is None and not os.environ.get("KUBERNETES_SERVICE_HOST"):
+    master = getattr(args, "master", None) or ""
+    if kubeconfig is None and not master and not os.environ.get("KUBERNETES_SERVICE_HOST"):
         raise Usage("no objects: give --objects or --kubeconfig, or clientConnection.kubeconfig in the configuration")
-    server = _Server(kubeconfig, config, None)
+    server = _Server(kubeconfig, config, None, master)
     return KeptSource(server, Identity(config.node_name, server.name, server.resources))
 
 
@@ -84,7 +86,7 @@ def read_once(args: argparse.Namespace, config: NodeConfig) -> Update:
 class _Server:
     """An API server as a source."""
 
-    def __init__(self, kubeconfig: Path | None, config: NodeConfig, timeout: float | None) -> None:
+    def __init__(self, kubeconfig: Path | None, config: NodeConfig, timeout: float | None, master: str = "") -> None:
         from clusterstate.sources.kubeapi import KubeSource, resources  # noqa: PLC0415  (only where there is a server)
         from clusterstate.sources.kubeclient import KubeClient  # noqa: PLC0415
         from clusterstate.sources.reflector import ApiError  # noqa: PLC0415
@@ -98,7 +100,7 @@ class _Server:
             policies=timeout is not None or bool(config.policy),
         )
         try:
-            self._client = KubeClient(kubeconfig)
+            self._client = KubeClient(kubeconfig, server=master)
         except ApiError as error:
             raise SourceError(str(error)) from error
         self._source = KubeSource(self._client, wanted)

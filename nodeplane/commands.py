@@ -116,10 +116,16 @@ def _add_policy(subparsers: Subparsers) -> None:
 
 
 def _add_agent(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("agent", help="the daemon: keep this node's kernel as the objects say")
-    parser.add_argument("--config", type=Path, metavar="F", required=True)
-    parser.add_argument("--node", metavar="N", help="the Node's name (default: nodeName in the file, else the host name)")
+    from nodeplane.flags import add_flags  # noqa: PLC0415 (only names and options, but many)
+
+    parser = subparsers.add_parser("agent", help="the daemon: keep this node's kernel as the objects say", allow_abbrev=False)
+    parser.add_argument("--config", type=Path, metavar="F", help="NodeConfiguration or KubeProxyConfiguration")
+    parser.add_argument(
+        "--node", "--hostname-override", metavar="N", help="the Node's name (default: nodeName in the file, else the host name)"
+    )
     _objects(parser)
+    parser.add_argument("--master", metavar="URL", help="the API server's address, instead of what the kubeconfig says")
+    add_flags(parser)
     parser.set_defaults(run=lazy("nodeplane.daemon"))
 
 

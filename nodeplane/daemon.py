@@ -24,9 +24,10 @@ from nodeplane import logs, pod_gate
 from nodeplane.agent import Agent
 from nodeplane.cluster_source import ClusterSource, open_source
 from nodeplane.commands import Failed, Usage
-from nodeplane.config import NodeConfig, load_config
+from nodeplane.config import NodeConfig
 from nodeplane.config_fields import ConfigError
 from nodeplane.denied import DeniedLogger
+from nodeplane.flags import read_config
 from nodeplane.flows import FlowKeeper
 from nodeplane.health import HealthServers
 from nodeplane.host import LinuxHost
@@ -46,24 +47,25 @@ log = logging.getLogger("nodeplane")
 def run(args: argparse.Namespace) -> int:
     """Run the agent; SIGTERM and SIGINT end it and leave the kernel as it is."""
     try:
-        config = load_config(args.config, args.node or "")
+        config = read_config(args)
         source = open_source(args, config)
     except (ConfigError, SourceError) as error:
         raise Usage(str(error)) from error
-    logs.set_up(config.logs, verbose=args.verbose)
     with contextlib.ExitStack() as undo:
         undo.enter_context(contextlib.closing(source))
+        try:
+            first = source.load() if args.objects else None  # a server may take its time, files may be wrong
+        except SourceError as error:
+            raise Usage(str(error)) from error
         try:
             undo.callback(os.close, take_lock())
         except (AlreadyRunningError, OSError) as error:
             raise Failed(str(error)) from error
+        logs.set_up(config.logs, verbose=args.verbose)
         watchers = Watchers(config)
         undo.callback(watchers.close)
         watchers.open()
-        try:
-            first = source.load()
-        except SourceError as error:
-            raise Usage(str(error)) from error
+        first = first or source.load()
         try:
             _follow(config, source, first, args, watchers)
         except KernelStateError as error:
@@ -113,7 +115,7 @@ def _is_network_found(keeper: LeaseKeeper | None) -> bool:
 def _start_anew(args: argparse.Namespace, why: str) -> str:  # noqa: RET503  (exec does not return)
     """Replace this process by one that reads the configuration again; returns only if that cannot work, and says why."""
     try:
-        config = load_config(args.config, args.node or "")
+        config = read_config(args)
         host_kernel(config, 0)
     except (ConfigError, KernelStateError) as error:
         log.error("%s: %s: going on as before", why, error)  # noqa: TRY400 (one line for people, no traceback)

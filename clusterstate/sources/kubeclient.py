@@ -8,6 +8,7 @@ Source: kubernetes.client.Configuration, kubernetes.config.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -35,9 +36,12 @@ class _Status(msgspec.Struct, gc=False):
 class KubeClient:
     """One API server; implements ``reflector.Api``. Safe for several threads."""
 
-    def __init__(self, kubeconfig: Path | None, *, agent: str = "nodeplane") -> None:
-        """``kubeconfig`` None: the service account of the pod this runs in. Raises ApiError where neither says how."""
-        self._kubeconfig, self._agent = kubeconfig, agent
+    def __init__(self, kubeconfig: Path | None, *, server: str = "", agent: str = "nodeplane") -> None:
+        """``kubeconfig`` None: the service account of the pod this runs in; ``server``: the address instead of theirs.
+
+        Raises ApiError where nothing says how.
+        """
+        self._kubeconfig, self._server, self._agent = kubeconfig, server, agent
         self._lock = threading.Lock()
         self._pool: Any = None
         self._configuration: Any = None
@@ -115,7 +119,7 @@ class KubeClient:
         with self._lock:
             if time.monotonic() >= self._until:
                 try:
-                    self._configuration = _configuration(self._kubeconfig)
+                    self._configuration = _configuration(self._kubeconfig, self._server)
                     self._pool = _pool(self._configuration)
                 except ApiError:
                     if self._pool is None:
@@ -124,7 +128,7 @@ class KubeClient:
             return self._pool, self._configuration
 
 
-def _configuration(kubeconfig: Path | None) -> Any:
+def _configuration(kubeconfig: Path | None, server: str) -> Any:
     """Read addresses and credentials. Raises ApiError."""
     import yaml  # noqa: PLC0415
     from kubernetes import config  # noqa: PLC0415  half a second, and only where there is an API server
@@ -132,12 +136,15 @@ def _configuration(kubeconfig: Path | None) -> Any:
 
     found = Configuration()
     try:
-        if kubeconfig is IN_CLUSTER:
+        if kubeconfig is IN_CLUSTER and server and not os.environ.get("KUBERNETES_SERVICE_HOST"):
+            pass  # nobody says who we are, so we are nobody
+        elif kubeconfig is IN_CLUSTER:
             config.load_incluster_config(client_configuration=found)  # type: ignore[no-untyped-call]
         else:
             config.load_kube_config(str(kubeconfig), client_configuration=found, persist_config=False)  # type: ignore[no-untyped-call]
     except (config.ConfigException, OSError, yaml.YAMLError, TypeError, AttributeError) as error:
         raise ApiError(0, f"{kubeconfig or 'in-cluster configuration'}: {' '.join(str(error).split())}") from error
+    found.host = server.rstrip("/") or found.host
     return found
 
 
