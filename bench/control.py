@@ -38,6 +38,9 @@ class BareHost:
         """Return nothing: the Node object says what Services need."""
         return HostFacts()
 
+    def use(self, config: NodeConfig) -> None:
+        """Need nothing of it."""
+
     def prepare(self, desired: Desired) -> Sequence[str]:
         """Set nothing."""
         return ()

@@ -25,6 +25,7 @@ from clusterstate.objects import Node
 from clusterstate.snapshot import Name, Update
 from netpolicy.table import PolicyTable, is_of_cluster
 from nodeplane.attendant import Attendant, Round
+from nodeplane.config import NodeConfig
 from nodeplane.denied import DeniedLogger
 from nodeplane.flows import FlowKeeper
 from nodeplane.kernel import NodeKernel, timed
@@ -71,6 +72,9 @@ class Host(Protocol):
 
     def facts(self, node: Node | None) -> HostFacts:
         """Return addresses and uplink as they are now; ``node`` helps to tell which link is the uplink."""
+
+    def use(self, config: NodeConfig) -> None:
+        """Go by another configuration from now on; mode and overlay are as before."""
 
     def prepare(self, desired: Desired) -> Sequence[str]:
         """Set the sysctls and write the files that the desired state relies on; return what failed, one line each."""
@@ -195,6 +199,24 @@ class Agent:
             return []
         return self.health.set(self.desired.health, self.desired.health_places)
 
+    def reconfigure(self, config: NodeConfig) -> None:
+        """Go on with a configuration that differs in nothing but settings; the kernel is brought to what it says at once."""
+        assert self._update is not None
+        self.pipeline.reconfigure(config)
+        self.host.use(config)
+        nothing: frozenset[Never] = frozenset()
+        self.take(msgspec.structs.replace(self._update, changed=nothing, service_changed=nothing))
+        if self.desired is not None:
+            self._host_errors = tuple(self.host.prepare(self.desired))
+        self.accept()
+        self.sync()
+
+    def accept(self) -> None:
+        """Say in the status that the configuration is the one that is stated."""
+        if self.status.refused:
+            self.status = msgspec.structs.replace(self.status, refused="")
+            self.publish(self.status)
+
     def refuse(self, why: str) -> None:
         """Say in the status why a new configuration was not taken."""
         self.status = msgspec.structs.replace(self.status, refused=why, refused_at=time.time())
@@ -223,10 +245,10 @@ class Agent:
         waiting = False
         while not stop():
             self._turned = time.monotonic()
-            for attendant in self.attendants:
-                attendant.turn()
             ready = {fd for fd, _ in poller.poll(1000 * self._seconds_until_due(waiting))}
             self.alive()
+            for attendant in self.attendants:
+                attendant.turn()
             if wake in ready:
                 os.read(wake, 64)
             waiting = waiting or source in ready

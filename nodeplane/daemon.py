@@ -2,7 +2,8 @@
 
 SIGHUP makes it read its configuration again: if that is right the process starts anew in its place (same pid), compares the
 kernel with what it now wants, and writes the difference; if it is wrong it says so and goes on. So a node changes its mode
-without a moment in which nobody answers. The same happens when etcd says what the network is only after the agent has started.
+without a moment in which nobody answers. The same happens when etcd says what the network is only after the agent has started, and when
+the file changes in something that an agent which runs cannot take up (``reload.py``).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from nodeplane.notify import Notifier
 from nodeplane.pipeline import Pipeline
 from nodeplane.pod_gate import PodGate
 from nodeplane.policy_flows import PolicyFlows
+from nodeplane.reload import ConfigWatch, differing, is_live, with_live
 from nodeplane.status import AlreadyRunningError, Status, take_lock, write_status
 from nodeplane.watchers import Watchers
 
@@ -46,12 +48,14 @@ log = logging.getLogger("nodeplane")
 
 def run(args: argparse.Namespace) -> int:
     """Run the agent; SIGTERM and SIGINT end it and leave the kernel as it is."""
+    watch = ConfigWatch(args.config)  # before the file is read: a change meanwhile is not missed
     try:
         config = read_config(args)
         source = open_source(args, config)
     except (ConfigError, SourceError) as error:
         raise Usage(str(error)) from error
     with contextlib.ExitStack() as undo:
+        undo.callback(watch.close)
         undo.enter_context(contextlib.closing(source))
         try:
             first = source.load() if args.objects else None  # a server may take its time, files may be wrong
@@ -62,19 +66,19 @@ def run(args: argparse.Namespace) -> int:
         except (AlreadyRunningError, OSError) as error:
             raise Failed(str(error)) from error
         logs.set_up(config.logs, verbose=args.verbose)
-        watchers = Watchers(config)
+        watchers = Watchers(config, watch)
         undo.callback(watchers.close)
         watchers.open()
         first = first or source.load()
         try:
-            _follow(config, source, first, args, watchers)
+            _follow(args, config, source, first, watchers)
         except KernelStateError as error:
             raise Failed(str(error)) from error
     log.info("stopped; the kernel goes on forwarding as it is")
     return 0
 
 
-def _follow(config: NodeConfig, source: ClusterSource, first: Update, args: argparse.Namespace, watchers: Watchers) -> None:
+def _follow(args: argparse.Namespace, config: NodeConfig, source: ClusterSource, first: Update, watchers: Watchers) -> None:
     """Run the agent until a signal ends it, or replaces it."""
     caught: list[int] = []
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -85,6 +89,7 @@ def _follow(config: NodeConfig, source: ClusterSource, first: Update, args: argp
     signal.set_wakeup_fd(wake_write)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, note)
+    stated = config
     config = with_network(config)
     keeper = LeaseKeeper(config.overlay, config.node_name) if config.overlay and config.overlay.etcd else None
     notifier = Notifier()
@@ -92,14 +97,25 @@ def _follow(config: NodeConfig, source: ClusterSource, first: Update, args: argp
     watchers.watch(agent)
     if keeper is not None:
         keeper.start()
+    watch = watchers.file
+    waits_for_network = keeper is not None
     try:
         agent.start(first)
-        agent.run(lambda: bool(caught) or _is_network_found(keeper), wake_read)
-        while not set(caught) - {signal.SIGHUP}:
+        while True:
+            network = keeper if waits_for_network else None
+            agent.run(lambda: bool(caught) or watch.is_due or _is_network_found(network), wake_read)  # noqa: B023 (called in here)
+            if set(caught) - {signal.SIGHUP}:
+                return
             notifier.reloading()
-            agent.refuse(_start_anew(args, "SIGHUP" if caught else "etcd says a network"))
+            if caught or not watch.is_due:
+                why = "SIGHUP" if caught else "etcd says a network"
+                waits_for_network = waits_for_network and bool(caught)
+                watch.seen()
+                agent.refuse(_start_anew(args, why))
+            else:
+                watch.seen()
+                stated = _take_up(args, stated, agent, watchers)
             caught.clear()
-            agent.run(lambda: bool(caught), wake_read)
     finally:
         notifier.stopping()
         if agent.denied is not None:
@@ -110,6 +126,29 @@ def _follow(config: NodeConfig, source: ClusterSource, first: Update, args: argp
 
 def _is_network_found(keeper: LeaseKeeper | None) -> bool:
     return keeper is not None and keeper.state.network_found
+
+
+def _take_up(args: argparse.Namespace, before: NodeConfig, agent: Agent, watchers: Watchers) -> NodeConfig:
+    """Take up what the file says now, or say why not. Returns the configuration that is in force, as it is stated."""
+    try:
+        wanted = read_config(args)
+    except ConfigError as error:
+        log.error("%s changed: %s: going on as before", args.config, error)  # noqa: TRY400
+        agent.refuse(str(error))
+        return before
+    fields = differing(before, wanted)
+    anew = [field for field in fields if not is_live(field)]
+    if anew:
+        agent.refuse(_start_anew(args, f"{args.config} changed in {', '.join(fields)}"))
+        return before
+    if fields:
+        log.info("%s changed in %s: in force from now on", args.config, ", ".join(fields))
+        for note in wanted.notes:
+            log.info("%s", note)
+        watchers.use(wanted, verbose=args.verbose)
+        agent.reconfigure(with_live(agent.pipeline.config, wanted))
+    agent.accept()
+    return wanted
 
 
 def _start_anew(args: argparse.Namespace, why: str) -> str:  # noqa: RET503  (exec does not return)

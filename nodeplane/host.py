@@ -62,6 +62,10 @@ class LinuxHost:
         checksums = self.checksums is not None and self.checksums.drain()
         return self.events.drain() or leases or checksums
 
+    def use(self, config: NodeConfig) -> None:
+        """Go by another configuration from now on; its overlay is the same."""
+        self.config = config
+
     def prepare(self, desired: Desired) -> Sequence[str]:
         """Let the kernel forward, let localhost reach NodePorts where asked, and write subnet.env."""
         errors = []

@@ -160,6 +160,11 @@ class Pipeline:
         self._policy_program = POLICY_PROGRAMS[config.policy](config.policy_log) if config.policy else None
         self._started = False
 
+    def reconfigure(self, config: NodeConfig) -> None:
+        """Go by another configuration from the next update on; mode, overlay and policies are as before."""
+        self.config, self.settings = config, config.services
+        self.program = None
+
     def update(self, update: Update, facts: HostFacts) -> Desired:
         """Take in a snapshot and say what the kernel should hold."""
         stale = StaleFlows(self.compiler.tracked)

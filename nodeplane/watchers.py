@@ -9,6 +9,7 @@ import contextlib
 import logging
 from pathlib import Path
 
+from nodeplane import logs
 from nodeplane.agent import Agent
 from nodeplane.attendant import Attendant
 from nodeplane.commands import Failed
@@ -16,6 +17,7 @@ from nodeplane.config import NodeConfig
 from nodeplane.conntrack_settings import ConntrackSettings
 from nodeplane.metrics import NodeMetrics
 from nodeplane.node_servers import NodeServers
+from nodeplane.reload import ConfigWatch
 
 OOM_SCORE = Path("/proc/self/oom_score_adj")
 
@@ -25,8 +27,8 @@ log = logging.getLogger("nodeplane")
 class Watchers:
     """The attendants of one agent. ``open`` at once, ``watch`` when there is an agent, ``close`` when done."""
 
-    def __init__(self, config: NodeConfig) -> None:
-        self._config = config
+    def __init__(self, config: NodeConfig, file: ConfigWatch) -> None:
+        self._config, self.file = config, file
         self.metrics = NodeMetrics()
         self.servers = NodeServers(config.servers, config.mode, self.metrics)
         self.conntrack = ConntrackSettings(config.conntrack)
@@ -48,8 +50,16 @@ class Watchers:
         self.servers.health = agent.node_health
         if agent.gate is not None:
             self.metrics.told = agent.gate.told
-        attendants: tuple[Attendant, ...] = (self.metrics, self.servers, self.conntrack)
+        attendants: tuple[Attendant, ...] = (self.metrics, self.servers, self.conntrack, self.file)
+        agent.watched += self.file.descriptors
         agent.attendants += attendants
+
+    def use(self, config: NodeConfig, *, verbose: bool) -> None:
+        """Go by another configuration from now on, as far as it is live."""
+        self._config = config
+        logs.set_up(config.logs, verbose=verbose)
+        self.conntrack.use(config.conntrack)
+        _set_oom_score(config.oom_score)
 
     def close(self) -> None:
         """Stop answering."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import time
 
@@ -135,3 +136,54 @@ def test_json_logs(node):
     lines = [json.loads(line) for line in node.log.splitlines()]
     assert {"ts", "level", "logger", "msg"} <= lines[0].keys()
     assert lines[-1]["msg"].startswith("stopped")
+
+
+def test_a_file_that_changes(node):
+    """Settings of rules are in force without a new start, other fields by one in place: same pid, the rules there all the while."""
+    node.start()
+    before = node.synced()
+    assert "masqueradeAll" not in _ruleset(node)
+    node.configure(services={"nftables": {"masqueradeAll": True}, "conntrack": {"tcpCloseWaitTimeout": "99s"}})
+    eventually(lambda: "masqueradeAll" in _ruleset(node), SECONDS)
+    eventually(lambda: _sysctl(node, "tcp_timeout_close_wait") == "99", SECONDS)
+    assert node.status().started == before.started
+    node.configure(services={"mode": "iptables"})
+    after = eventually(lambda: (s := node.status()) and s.mode == "iptables" and s.synced and s, SECONDS)
+    assert (after.pid, after.started > before.started) == (before.pid, True)
+    assert "starting anew" in node.log
+
+
+def _ruleset(node):
+    return namespaces.run(node.space, ["nft", "-s", "list", "ruleset"])
+
+
+def test_a_file_that_is_wrong(node):
+    """A file that is broken, or gone, changes nothing, and log, status and metrics say so until it is right again."""
+    node.start()
+    before = node.synced()
+    for content, words in (
+        (b"kind: [", "not YAML"),
+        (b'{"kind": "KubeProxyConfiguration", "mod": "ipvs"}', "mod: unknown field"),
+    ):
+        node.write(content)
+        eventually(lambda words=words: words in node.status().refused, SECONDS)
+        assert words in node.log
+        assert node.metrics()["nodeplane_config_refused"] == 1
+    node.config.unlink()
+    eventually(lambda: "No such file" in node.status().refused, SECONDS)
+    node.configure()
+    eventually(lambda: node.status().refused == "", SECONDS)
+    eventually(lambda: node.metrics()["nodeplane_config_refused"] == 0, SECONDS)
+    assert node.status().started == before.started
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_end(node, number):
+    """SIGTERM and SIGINT end the agent at once with exit 0, and everything it wrote stays."""
+    node.start()
+    node.synced()
+    rules = _ruleset(node)
+    started = time.monotonic()
+    assert node.end(number) == 0
+    assert time.monotonic() - started < 2
+    assert _ruleset(node) == rules
