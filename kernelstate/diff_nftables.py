@@ -10,6 +10,16 @@ sense: what is referred to comes before what refers to it, and base chains, thro
     sets, chains    elements that lead nowhere    elements that changed    elements that lead to chains
     rules           base chains                   elements that are gone   chains and sets that are gone
 
+Where packets must never meet half of a change, three transactions do it, with a rest before the last:
+
+    sets and chains that are new, with    packets are led to what is new    until every packet    chains and sets that
+    their elements and rules              and from what goes                under way is through  are gone
+
+For a transaction is not one moment to a packet that is under way: look-ups meet what is new while rules of chains are still as they
+were, a chain that was led to is empty then, and sets of several fields with ranges are filled last of all. Rules are kept for two
+generations, of which a packet goes on with the one it began with, so that one which is held up could find a chain emptied under it.
+Source: net/netfilter/nf_tables_api.c, nf_tables_commit; nf_tables_core.c, nft_do_chain.
+
 Sets and hooks cannot be altered in the kernel: where one differs the whole table is replaced, in one transaction. That happens
 when a new version declares something else, not while running.
 """
@@ -53,6 +63,13 @@ class Fill(NamedTuple):
     chains: dict[str, Chain]
 
 
+class Settle(NamedTuple):
+    """Wait until every packet that was under way is through."""
+
+
+Step: TypeAlias = str | Load | Fill | Settle
+
+
 class TablePlan(msgspec.Struct, frozen=True):
     """What to write to one table. ``specs`` has every set that elements belong to.
 
@@ -89,12 +106,37 @@ class TablePlan(msgspec.Struct, frozen=True):
             lines += part if isinstance(part, list) else nft.add_elements(self.key, part.named, part.elements)
         return _lines(lines)
 
-    def steps(self) -> Iterator[str | Load | Fill]:
+    def in_turn(self) -> tuple[TablePlan, TablePlan, TablePlan]:
+        """Return what nobody asks yet, what leads there, and what nobody asks any more.
+
+        A table that is new or replaced is all in the second.
+        """
+        nothing = TablePlan(self.key, self.specs)
+        if self.create or self.replace:
+            return nothing, self, nothing
+        inner = {name: chain for name, chain in self.chains.items() if chain.hook is None}
+        names = {named.name for named in self.sets}
+        new = {name: elements for name, elements in self.add.items() if name in names}
+        others = {name: elements for name, elements in self.add.items() if name not in names}
+        chains = {name: chain for name, chain in self.chains.items() if name not in inner}
+        return (
+            msgspec.structs.replace(nothing, sets=self.sets, chains=inner, add=new),
+            msgspec.structs.replace(self, sets=(), chains=chains, add=others, drop_chains=(), drop_sets=()),
+            msgspec.structs.replace(nothing, drop_chains=self.drop_chains, drop_sets=self.drop_sets),
+        )
+
+    def steps(self, *, in_turn: bool = False) -> Iterator[Step]:
         """Return what to write one after the other, each in a transaction of its own: one text if the plan is small.
 
-        In a table that is there already, chains that ask a map by a number are filled apart (``linux/nft_rules.py`` says why);
-        a new one is filled before anything leads to it.
+        ``in_turn``: no packet meets half of the change. In a table that is there already, chains that ask a map by a number are
+        filled apart (``linux/nft_rules.py`` says why); a new one is filled before anything leads to it.
         """
+        if in_turn:
+            new, leads, gone = self.in_turn()
+            yield from new.steps() if new else ()
+            yield from leads.steps() if leads else ()
+            yield from (Settle(), *gone.steps()) if gone else ()
+            return
         written = {**self.chains, **self.fill}
         apart = {} if self.create else {name: chain for name, chain in written.items() if _asks_by_number(chain)}
         if not apart:

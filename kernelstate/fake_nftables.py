@@ -123,6 +123,10 @@ class FakeNftables:
         self._commit("\n".join(lines))
         self.written.append("\n".join(lines))
 
+    def settle(self) -> None:
+        """Nothing is under way here."""
+        self.written.append("settle")
+
     def _fail_if_asked(self) -> None:
         if self.fail_next:
             self.fail_next -= 1

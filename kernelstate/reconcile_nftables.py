@@ -37,10 +37,13 @@ class NftablesReconciler:
     ``port`` is not to be shared with another reconciler: events are told once. Not safe for use by several threads at once.
     """
 
-    def __init__(self, port: TablePort, names: Mapping[Family, str] = NAMES, part: str = "nftables") -> None:
+    def __init__(
+        self, port: TablePort, names: Mapping[Family, str] = NAMES, part: str = "nftables", *, in_turn: bool = False
+    ) -> None:
+        """``in_turn``: no packet meets half of a change."""
         self.part = part
         self._port = port
-        self._keepers = {family: TableKeeper(TableKey(family, name), port) for family, name in names.items()}
+        self._keepers = {family: TableKeeper(TableKey(family, name), port, in_turn=in_turn) for family, name in names.items()}
         self._keys = frozenset(keeper.key for keeper in self._keepers.values())
         self._is_managed = False
 

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 from kernelstate.contain_nftables import Refused, describe, write_in_parts
-from kernelstate.diff_nftables import Fill, Item, Load, TablePlan, diff_tables, remember
+from kernelstate.diff_nftables import Fill, Item, Load, Settle, Step, TablePlan, diff_tables, remember
 from kernelstate.errors import KernelRefusedError, KernelStateError
 from kernelstate.objects.nftables import Chain, Data, ElementKey, NamedSet, Table, TableChange, TableKey
 from kernelstate.text.nft import WORD, delete_table
@@ -58,13 +58,17 @@ class TablePort(Protocol):
         For chains that look up endpoints by a number; ``sets`` are all sets of the table.
         """
 
+    def settle(self) -> None:
+        """Return once every packet is through that was under way: milliseconds."""
+
 
 class TableKeeper:
     """Desired and remembered state of one table; ``sync`` and ``cleanup`` return (changes made, error lines)."""
 
-    def __init__(self, key: TableKey, port: TablePort) -> None:
+    def __init__(self, key: TableKey, port: TablePort, *, in_turn: bool = False) -> None:
+        """``in_turn``: no packet meets half of a change, at the price of more transactions and of waiting before anything goes."""
         self.key = key
-        self._port = port
+        self._port, self._in_turn = port, in_turn
         self._desired: Table | None = None
         self._kernel: Table | None = None
         self._is_known = False
@@ -167,21 +171,32 @@ class TableKeeper:
         return self._write_in_parts(plan)
 
     def _write_in_parts(self, plan: TablePlan) -> int:
-        refused = write_in_parts(plan, self._apply, lambda: self._kernel)
+        refused = write_in_parts(plan, self._apply_at_once, lambda: self._kernel)
         self._refused.update(refused)
         return max(plan.size - len(refused), 0)
 
     def _apply(self, plan: TablePlan) -> None:
         """Write a plan and remember it. Raises KernelRefusedError; where it has several steps, some may have been done."""
-        for step in plan.steps():
-            match step:
-                case Load(named, elements):
-                    self._port.load(self.key, named, elements)
-                case Fill(sets, chains):
-                    self._port.fill(self.key, sets, chains)
-                case text:
-                    self._port.apply(text)
+        for step in plan.steps(in_turn=self._in_turn):
+            self._take(step)
         self._kernel = remember(self._kernel, plan)
+
+    def _apply_at_once(self, plan: TablePlan) -> None:
+        """Write a part of a plan and remember it. Raises KernelRefusedError."""
+        for step in plan.steps():
+            self._take(step)
+        self._kernel = remember(self._kernel, plan)
+
+    def _take(self, step: Step) -> None:
+        match step:
+            case Load(named, elements):
+                self._port.load(self.key, named, elements)
+            case Fill(sets, chains):
+                self._port.fill(self.key, sets, chains)
+            case Settle():
+                self._port.settle()
+            case text:
+                self._port.apply(text)
 
     def _delete(self) -> int:
         if self._kernel is None:

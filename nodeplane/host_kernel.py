@@ -179,7 +179,7 @@ def policy_tables() -> NftablesReconciler:
     from kernelstate.linux.nftables import NftablesPort  # noqa: PLC0415
     from netpolicy.render.nftables import NAMES as POLICY_NAMES  # noqa: PLC0415
 
-    return NftablesReconciler(NftablesPort(), POLICY_NAMES, "policies")
+    return NftablesReconciler(NftablesPort(), POLICY_NAMES, "policies", in_turn=True)
 
 
 def policy_sets() -> IpsetReconciler:

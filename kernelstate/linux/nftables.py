@@ -23,6 +23,7 @@ from kernelstate.diff_nftables import ABSENT
 from kernelstate.errors import KernelRefusedError, MissingFeatureError
 from kernelstate.features import Feature
 from kernelstate.linux import nft_codec as codec
+from kernelstate.linux.membarrier import wait_for_packets
 from kernelstate.linux.nfnetlink import NLM_F_CREATE, NfNetlink, attribute, attributes
 from kernelstate.linux.nft_events import NftEvents
 from kernelstate.linux.nft_library import Library, has_library
@@ -102,6 +103,10 @@ class NftablesPort:
     def fill(self, key: TableKey, sets: Mapping[str, NamedSet], chains: Mapping[str, Chain]) -> None:
         """Write the rules of chains that look up endpoints by a number again, in one transaction. Raises KernelRefusedError."""
         self._commit(key, f"fill {', '.join(chains)} in", rule_messages(key, sets, chains))
+
+    def settle(self) -> None:
+        """Return once every packet is through that was under way: 5 to 20 ms."""
+        wait_for_packets()
 
     def _commit(self, key: TableKey, operation: str, messages: list[Message]) -> None:
         words = f"{operation} {nft.WORD[key.family]} {key.name}"

@@ -24,9 +24,9 @@
         ip saddr @in-1f5d...-peers goto in-c24e...-rest
         goto in-c24e...-rest                         the same as above for NetworkPolicies, or the baseline tier
 
-Postrouting is where IPVS' packets can be seen as well, and where Services have been resolved in every mode. A chain is complete
-before a pod is led to it, and an address is led to another chain by one element: a change of policy is one moment. Two pods that
-claim one address are held to what is said of either.
+Postrouting is where IPVS' packets can be seen as well, and where Services have been resolved in every mode. An address is led to another
+chain by one element, the chain is complete before (``diff_nftables.py``: in turn), and one that is left goes last: a change of policy is
+one moment in each direction. Two pods that claim one address are held to what is said of either.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Nftables:
 
     def __init__(self, log: DeniedLog | None = None) -> None:
         self._port = NftablesPort()
-        self._reconciler = NftablesReconciler(self._port, NAMES, "policies")
+        self._reconciler = NftablesReconciler(self._port, NAMES, "policies", in_turn=True)
         self._program = NftablesPolicyProgram(log)
         self.close = self._port.close
 

@@ -5,7 +5,18 @@ import copy
 import nft_tables
 
 from kernelstate.fake_nftables import FakeNftables
-from kernelstate.objects.nftables import Chain, DropPacket, Goto, Refuse, Rule, TableChange, TableKey
+from kernelstate.objects.nftables import (
+    Chain,
+    DropPacket,
+    Field,
+    Goto,
+    InSet,
+    NamedSet,
+    Refuse,
+    Rule,
+    TableChange,
+    TableKey,
+)
 from kernelstate.ports import SyncReport
 from kernelstate.reconcile_nftables import NftablesReconciler
 
@@ -179,3 +190,34 @@ def test_many_refusals_are_told_in_few_lines():
     errors = start(port, {4: table}).sync().errors
     assert len(errors) == 21
     assert errors[-1] == "and 80 more refusals of nftables"
+
+
+def test_no_packet_meets_half_of_a_change():
+    """In turn: what is new comes whole before anything leads to it, and what is gone goes when nobody can be on the way to it."""
+    port, table = FakeNftables(), nft_tables.table(4)
+    table.chains["old"] = Chain((Rule((), (DropPacket(),)),))
+    table.sets["old-peers"] = NamedSet("old-peers", (Field("saddr"),))
+    table.elements["old-peers"] = {}
+    table.elements["services"][FRONTEND] = Goto("old")
+    reconciler = NftablesReconciler(port, in_turn=True)
+    reconciler.set_desired({4: table})
+    assert reconciler.sync().ok
+    port.written.clear()
+
+    del table.chains["old"], table.sets["old-peers"], table.elements["old-peers"]
+    table.chains["new"] = Chain((Rule((InSet((Field("saddr"),), "new-peers"),), (DropPacket(),)),))
+    table.sets["new-peers"] = NamedSet("new-peers", (Field("saddr"),))
+    table.elements["new-peers"] = {(1,): None}
+    table.elements["services"][FRONTEND] = Goto("new")
+    names = ("old", "new"), ("old-peers", "new-peers")
+    change = TableChange(*map(frozenset, names), {"services": frozenset({FRONTEND}), "new-peers": frozenset({(1,)})})
+    reconciler.set_desired({4: table}, {4: change})
+    assert reconciler.sync().ok
+    new, leads, settle, gone = port.written
+    assert all(word in new for word in ("add set ip nodeplane new-peers", "0.0.0.1", "add rule ip nodeplane new "))
+    assert "old" not in new + leads.replace("goto old", "")
+    assert "goto new" in leads
+    assert settle == "settle"
+    assert "delete chain ip nodeplane old" in gone
+    assert "delete set ip nodeplane old-peers" in gone
+    assert as_desired(port, table)
