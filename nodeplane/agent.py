@@ -172,10 +172,13 @@ class Agent:
         if self.flows is not None and all(r.ok for r in reports if r.part != "links"):
             flows, local = self.flows, frozenset(self._facts.local_addresses)
             reports.append(timed(lambda: flows.sync(local, time.monotonic())))
-        if self.policy_flows is not None and all(r.ok for r in reports if r.part in self.kernel.policy_parts):
+        refused = [error for r in reports if r.part in self.kernel.policy_parts for error in r.errors]
+        if self.policy_flows is not None and not refused:
             reports.append(self.policy_flows.sync(frozenset(self._facts.local_addresses)))
             if self.gate is not None and self._update is not None:
                 self.gate.settle(self._update.snapshot)
+        elif self.gate is not None and refused:
+            self.gate.fail(refused[0])
         errors = (*self._host_errors, *(e for r in reports for e in r.errors), *self._open_health_ports())
         written = [f"{r.changed} in {r.part}" for r in reports if r.changed]
         if written:

@@ -48,14 +48,14 @@ log = logging.getLogger("nodeplane")
 
 def run(args: argparse.Namespace) -> int:
     """Run the agent; SIGTERM and SIGINT end it and leave the kernel as it is."""
-    watch = ConfigWatch(args.config)  # before the file is read: a change meanwhile is not missed
-    try:
-        config = read_config(args)
-        source = open_source(args, config)
-    except (ConfigError, SourceError) as error:
-        raise Usage(str(error)) from error
     with contextlib.ExitStack() as undo:
+        watch = ConfigWatch(args.config)  # before the file is read: a change meanwhile is not missed
         undo.callback(watch.close)
+        try:
+            config = read_config(args)
+            source = open_source(args, config)
+        except (ConfigError, SourceError) as error:
+            raise Usage(str(error)) from error
         undo.enter_context(contextlib.closing(source))
         try:
             first = source.load() if args.objects else None  # a server may take its time, files may be wrong

@@ -1,10 +1,13 @@
 """Lets pods start once their policies are in force: the agent's end of the CNI plugin's question.
 
-    plugin -- namespace, name, addresses --> gate --> amend(): the Pod has these addresses --> policies --> kernel
-    plugin <-- "in force" ------------------ gate <-- settle(): all of it is written
+    plugin -- namespace, name, container, addresses --> gate --> amend(): the Pod has these addresses --> policies --> kernel
+    plugin <-- "in force" ----------------------------- gate <-- settle(): all of it is written
+    plugin <-- why not yet ---------------------------- gate <-- settle(), fail()
+    plugin -- container ------------------------------> gate --> amend(): what was told of it is no more
 
 A kubelet publishes a pod's addresses only after its start, so until the Pod says them itself they are those that the plugin told. They
-are kept in a file, for an agent that starts anew must not forget them. What is told ends when the Pod says the same, or is gone. The
+are kept in a file, for an agent that starts anew must not forget them. What is told ends when the Pod says the same, or is
+gone, or when its container is: a later container of the same pod goes on with what was told of that one. The
 socket stays behind an agent that ended: whoever finds it without an answer knows that policies are enforced here, and waits.
 
 Decides which pods are let through; threads only carry questions in and answers out, everything else happens in the agent's own.
@@ -42,17 +45,34 @@ Addresses = tuple[IPAddress, ...]
 
 
 class _Question(msgspec.Struct):
-    """What a plugin asks, and a line of the file."""
+    """What a plugin asks, and a line of the file; a container alone is one that has gone."""
 
-    namespace: str
-    name: str
-    addresses: tuple[str, ...]
+    namespace: str = ""
+    name: str = ""
+    addresses: tuple[str, ...] = ()
+    container: str = ""
 
 
-class _Waiting(NamedTuple):
-    pod: Name
+class _Told(NamedTuple):
+    container: str
     addresses: Addresses
+
+
+class _Waiting(msgspec.Struct, eq=False):
+    """A plugin that waits."""
+
+    pod: Name
+    told: _Told
     connection: socket.socket
+    heard: str = ""
+    """What it was answered last."""
+
+    def answer(self, words: str) -> None:
+        """Say how it stands, if it has not just been said; a plugin that has gone does not hear it."""
+        if words != self.heard:
+            self.heard = words
+            with contextlib.suppress(OSError):
+                self.connection.sendall(words.encode()[:LONGEST] + b"\n")
 
 
 class PodGate:
@@ -60,7 +80,7 @@ class PodGate:
 
     def __init__(self, node: str, path: Path = SOCKET, told_file: Path = TOLD_FILE) -> None:
         self._node, self._path, self._told_file = node, path, told_file
-        self._told: dict[Name, Addresses] = _read_told(told_file)
+        self._told: dict[Name, _Told] = _read_told(told_file)
         self._amended: dict[Name, Pod] = {}
         """Pods as they were amended last."""
         self._raw = self._given = Snapshot()
@@ -111,13 +131,13 @@ class PodGate:
                 data += piece
             question = msgspec.json.decode(data, type=_Question)
             connection.setblocking(False)  # the agent never waits for a plugin
-            waiting = _Waiting((question.namespace, question.name), _addresses(question), connection)
+            told = _told(question)
         except (OSError, ValueError, msgspec.DecodeError) as error:
             log.warning("a question that is none: %s", error)
             connection.close()
             return
         with self._lock:
-            self._asked.append(waiting)
+            self._asked.append(_Waiting((question.namespace, question.name), told, connection))
         os.eventfd_write(self._event, 1)
 
     def take(self) -> bool:
@@ -127,9 +147,14 @@ class PodGate:
         with self._lock:
             asked, self._asked = self._asked, []
         for one in asked:
+            container, addresses = one.told
+            if not addresses:
+                self._told = {n: held for n, held in self._told.items() if held.container != container}
+                one.connection.close()
+                continue
             # An address that is given anew is no longer that of a pod which never came to say it.
-            self._told = {n: held for n, held in self._told.items() if not set(held) & set(one.addresses)}
-            self._told[one.pod] = one.addresses
+            self._told = {n: held for n, held in self._told.items() if not set(held.addresses) & set(addresses)}
+            self._told[one.pod] = one.told
             self._waiting.append(one)
         if asked:
             self._keep()
@@ -142,7 +167,7 @@ class PodGate:
         raw = self._raw if update.snapshot is self._given else update.snapshot  # it may come again
         told = len(self._told)
         wanted: dict[Name, Pod] = {}
-        for name, addresses in tuple(self._told.items()):
+        for name, (_, addresses) in tuple(self._told.items()):
             pod = raw.pods.get(name)
             if pod is not None and set(pod.ips) != set(addresses) and pod.phase not in {"Succeeded", "Failed"}:
                 wanted[name] = replace(pod, ips=addresses)
@@ -166,20 +191,30 @@ class PodGate:
         left = []
         for one in self._waiting:
             pod = snapshot.pods.get(one.pod)
-            if pod is None or pod.node != self._node or not set(one.addresses) <= set(pod.ips):
-                if _has_gone(one.connection):
-                    one.connection.close()
-                else:
-                    left.append(one)
+            if pod is None:
+                one.answer("the agent has not heard of the pod yet")
+            elif pod.node != self._node:
+                one.answer(f"the pod is one of node {pod.node or 'none yet'}, this is {self._node}")
+            elif not set(one.told.addresses) <= set(pod.ips):
+                one.answer("the pod has other addresses by now, or its phase is one of the last")
+            else:
+                one.answer(IN_FORCE)
+                one.connection.close()
                 continue
-            with contextlib.suppress(OSError):
-                one.connection.sendall(IN_FORCE)
-            one.connection.close()
+            if _has_gone(one.connection):
+                one.connection.close()
+            else:
+                left.append(one)
         self._waiting = left
+
+    def fail(self, error: str) -> None:
+        """Say to those who wait that their policies could not be written, and why."""
+        for one in self._waiting:
+            one.answer(f"the agent cannot write them: {' '.join(error.split())}")
 
     def _keep(self) -> None:
         """Write down what was told, as a whole."""
-        lines = [_Question(*name, tuple(map(str, addresses))) for name, addresses in self._told.items()]
+        lines = [_Question(*name, tuple(map(str, told.addresses)), told.container) for name, told in self._told.items()]
         fresh = self._told_file.with_suffix(".tmp")
         try:
             fresh.write_bytes(msgspec.json.encode(lines))
@@ -203,8 +238,11 @@ def remove(path: Path = SOCKET, told_file: Path = TOLD_FILE) -> None:
     told_file.unlink(missing_ok=True)
 
 
-def _addresses(question: _Question) -> Addresses:
-    return tuple(ip_address(text) for text in question.addresses)
+def _told(question: _Question) -> _Told:
+    """Return what a question tells. Raises ValueError."""
+    if not (question.namespace and question.name) if question.addresses else not question.container:
+        raise ValueError("neither a pod's addresses nor a container")
+    return _Told(question.container, tuple(ip_address(text) for text in question.addresses))
 
 
 def _has_gone(connection: socket.socket) -> bool:
@@ -217,9 +255,9 @@ def _has_gone(connection: socket.socket) -> bool:
         return True
 
 
-def _read_told(path: Path) -> dict[Name, Addresses]:
+def _read_told(path: Path) -> dict[Name, _Told]:
     try:
         lines: list[_Question] = msgspec.json.decode(path.read_bytes(), type=list[_Question])
-        return {(line.namespace, line.name): _addresses(line) for line in lines}
+        return {(line.namespace, line.name): _told(line) for line in lines}
     except (OSError, ValueError, msgspec.DecodeError):
         return {}

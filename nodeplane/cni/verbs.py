@@ -1,7 +1,7 @@
 """ADD and DEL: the order in which a pod is attached and taken away, and what is undone when something fails in between.
 
     ADD   veth pair (fails if the pod has the interface) -> record -> addresses -> policies in force -> both ends configured -> result
-    DEL   record, else what can be said without -> addresses given back -> link -> record away
+    DEL   record, else what can be said without -> addresses given back -> link -> told the agent -> record away
 
 ADD undoes in reverse what it did. DEL does all it can, whatever is missing; what fails is told at the end, and the record stays, so
 that a second DEL or GC finds it. Concurrent calls for different containers meet only in the address management, which has a lock, and
@@ -44,6 +44,7 @@ def add(conf: Json, attachment: Attachment, environment: Environment) -> Json:
 def _attach(conf: Json, attachment: Attachment, environment: Environment, mac: str, undo: contextlib.ExitStack) -> Json:
     mode = MODULES[conf["mode"]]
     ends = mode.make_ends(conf, attachment, mac)
+    undo.callback(gate.withdraw, conf, attachment)
     undo.callback(_try, delete_near, ends.near)
     store.keep(conf, attachment)
     undo.callback(store.forget, conf, attachment)
@@ -73,6 +74,7 @@ def delete(conf: Json, attachment: Attachment, environment: Environment) -> None
             ipam.ask("DEL", made, environment)
         with collecting(failures):
             delete_link(made["name"], attachment)
+        gate.withdraw(made, attachment)
     else:
         previous = conf.get("prevResult")
         with collecting(failures):

@@ -8,13 +8,16 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cni_node import CniNode, ip, pod_in
+from cni_node import CniNode, NodeRuntime, ip, pod_in
 from forked_agent import ForkedAgent
+from patience import eventually
 
 from kernelstate.linux import netns
 from netnslab.cni_runtime import CniFailed, Pod
@@ -37,15 +40,17 @@ def manifest(name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def flood(node: str, address: str) -> Iterator[list[int]]:
-    """Send datagrams to an address without a pause, from a stranger behind the node; yields how many were sent, in a list of one."""
+def flood(node: str, *addresses: str) -> Iterator[list[int]]:
+    """Send datagrams to addresses without a pause, from a stranger behind the node; yields how many were sent, in a list of one."""
     sent, stop = [0], threading.Event()
 
     def run() -> None:
         with netns.inside(node):
             client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         with client:
-            while not stop.is_set():
+            for address in cycle(addresses):
+                if stop.is_set():
+                    return
                 try:
                     client.sendto(b"x", (address, PORT))
                     sent[0] += 1
@@ -91,12 +96,21 @@ class Rig:
 
     def attach(self, name: str, *, waits: bool, seconds: int = 10) -> tuple[str, str]:
         """Attach a pod, waiting for its policies or not; return its namespace and its IPv4 address."""
+        pod = self.pod(name)
+        result = self.runtime(waits=waits, seconds=seconds).add(pod)
+        return pod.container, result["ips"][0]["address"].partition("/")[0]
+
+    def runtime(self, *, waits: bool = True, seconds: int = 10) -> NodeRuntime:
         where = str(self.status.with_name("policy.sock" if waits else "nobody"))
-        runtime = self.node.runtime(self.node.plugin(policySocket=where, policyWaitSeconds=seconds))
-        space = self.new_netns()
-        bare = pod_in(space)
-        result = runtime.add(Pod(bare.container, bare.netns, args=f"IgnoreUnknown=1;K8S_POD_NAMESPACE=a;K8S_POD_NAME={name}"))
-        return space, result["ips"][0]["address"].partition("/")[0]
+        return self.node.runtime(self.node.plugin(policySocket=where, policyWaitSeconds=seconds))
+
+    def pod(self, name: str) -> Pod:
+        bare = pod_in(self.new_netns())
+        return Pod(bare.container, bare.netns, args=f"IgnoreUnknown=1;K8S_POD_NAMESPACE=a;K8S_POD_NAME={name}")
+
+    def told(self) -> set[str]:
+        """Return the pods whose addresses the agent has from their start."""
+        return {one["name"] for one in json.loads(self.status.with_name("told.json").read_bytes())}
 
 
 @pytest.fixture(params=["nftables", "iptables"])
@@ -154,3 +168,25 @@ def test_a_killed_agent_lets_nobody_start(rig):
     rig.agent.start()
     space, _ = rig.attach("late", waits=True)
     assert arrived(space) == 0
+
+
+CROWD = 50
+
+
+def test_a_crowd_starts_isolated_and_is_forgotten(rig):
+    """50 pods start at the same time under a flood to all their addresses: none sees a packet. What was told of them goes with them."""
+    names = [f"p{number}" for number in range(CROWD)]
+    for name in names:
+        rig.write(name, manifest(name))
+    rig.write("deny", DENY)
+    rig.generation(1)
+    runtime, pods = rig.runtime(seconds=60), [rig.pod(name) for name in names]
+    with flood(rig.stranger, *(f"10.244.1.{last}" for last in range(2, CROWD + 2))) as sent, ThreadPoolExecutor(CROWD) as crowd:
+        found = list(crowd.map(runtime.add, pods))
+        assert len({one["address"] for result in found for one in result["ips"]}) == 2 * CROWD
+        enough = sent[0] + 20 * CROWD
+        eventually(lambda: sent[0] >= enough, 10, "the flood went on")
+        assert [arrived(pod.container) for pod in pods] == [0] * CROWD
+        assert rig.told() == set(names)
+        list(crowd.map(runtime.delete, pods[1:]))
+    eventually(lambda: rig.told() == {names[0]}, 5, "those that went are forgotten, and nobody else")

@@ -61,7 +61,7 @@ def cluster(*services: str) -> FakeApi:
 @contextmanager
 def agent_of(api: FakeApi, monkeypatch: pytest.MonkeyPatch, config=CONFIG) -> Iterator[ClusterSource]:
     """Return the source that an agent of n1 would have of this server."""
-    monkeypatch.setattr("clusterstate.sources.kubeclient.KubeClient", lambda _file: api)
+    monkeypatch.setattr("clusterstate.sources.kubeclient.KubeClient", lambda _file, **_flags: api)
     with closing(open_source(argparse.Namespace(objects=None, kubeconfig=Path("x")), config)) as source:
         yield source
     api.away("the test is over")

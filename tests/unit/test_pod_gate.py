@@ -18,13 +18,13 @@ from clusterstate.objects import Pod
 from clusterstate.snapshot import Snapshot, Update
 from nodeplane.cni import gate as plugin
 from nodeplane.cni.protocol import Attachment, CniError
-from nodeplane.pod_gate import PodGate, remove
+from nodeplane.pod_gate import PodGate, _Told, remove
 
 WEB = ("a", "web")
 
 
-def attachment(namespace: str = "a", name: str = "web") -> Attachment:
-    return Attachment("c1", "/proc/self/ns/net", "eth0", {"K8S_POD_NAMESPACE": namespace, "K8S_POD_NAME": name})
+def attachment(namespace: str = "a", name: str = "web", container: str = "c1") -> Attachment:
+    return Attachment(container, "/proc/self/ns/net", "eth0", {"K8S_POD_NAMESPACE": namespace, "K8S_POD_NAME": name})
 
 
 def cluster(*ips: str, node: str = "n1", phase: str = "Running") -> Update:
@@ -97,28 +97,64 @@ def test_what_the_pod_says_itself_counts(gate, tmp_path):
 
 def test_an_address_given_anew_is_the_new_pods(gate, tmp_path):
     """When an address is given to another pod, the one that was told it before and never said it has lost it."""
-    gate._told["a", "gone"] = (ip_address("10.244.1.9"),)
+    gate._told["a", "gone"] = _Told("c0", (ip_address("10.244.1.9"),))
     asking = Asking(tmp_path / "policy.sock", "10.244.1.9")
     asked(gate)
-    assert gate._told == {WEB: (ip_address("10.244.1.9"),)}
+    assert gate._told == {WEB: _Told("c1", (ip_address("10.244.1.9"),))}
     gate.settle(gate.amend(cluster()).snapshot)
     assert asking.done()
 
 
 @pytest.mark.parametrize(
-    "update", [Update(Snapshot(), frozenset()), cluster("10.244.1.9", node="n2")], ids=["unknown", "elsewhere"]
+    ("update", "why"),
+    [
+        (Update(Snapshot(), frozenset()), "the agent has not heard of the pod yet"),
+        (cluster("10.244.1.9", node="n2"), "the pod is one of node n2, this is n1"),
+        (cluster("10.244.1.7", phase="Failed"), "the pod has other addresses by now, or its phase is one of the last"),
+    ],
+    ids=["unknown", "elsewhere", "failed"],
 )
-def test_pods_that_are_not_here_are_waited_for(gate, tmp_path, update):
-    """A pod nobody has heard of, or of another node, is not let through; the plugin says so when its time is over."""
+def test_pods_that_are_not_here_are_waited_for(gate, tmp_path, update, why):
+    """A pod nobody has heard of, of another node, or at its end is not let through; when its time is over the plugin says why."""
     asking = Asking(tmp_path / "policy.sock", "10.244.1.9", seconds=1)
     asked(gate)
     gate.settle(gate.amend(update).snapshot)
     asking.thread.join(5)
     assert asking.error is not None
-    assert (asking.error.code, asking.error.message.split(":")[0]) == (
-        11,
-        "NetworkPolicies of pod a/web are not in force after 1 s",
-    )
+    assert asking.error.code == 11
+    assert asking.error.message == f"NetworkPolicies of pod a/web are not in force after 1 s: {why}"
+
+
+def test_what_the_kernel_refuses_is_the_reason(gate, tmp_path):
+    """Where policies cannot be written, the plugin's error is the kernel's; an agent that says nothing is another one."""
+    asking = Asking(tmp_path / "policy.sock", "10.244.1.9", seconds=1)
+    asked(gate)
+    gate.settle(gate.amend(Update(Snapshot(), frozenset())).snapshot)
+    gate.amend(cluster())
+    gate.fail("nft: table nodeplane-policy:\nNo space left on device")
+    asking.thread.join(5)
+    assert "cannot write them: nft: table nodeplane-policy: No space left on device" in asking.error.message
+    silent = Asking(tmp_path / "policy.sock", "10.244.1.9", seconds=1)
+    silent.thread.join(5)
+    assert "the agent has said nothing" in silent.error.message
+
+
+def test_a_container_that_has_gone_takes_its_addresses_along(gate, tmp_path):
+    """What was told of a container ends with it; the pod's next container is none of that business."""
+    conf = {"policySocket": str(tmp_path / "policy.sock")}
+    asking = Asking(tmp_path / "policy.sock", "10.244.1.9")
+    asked(gate)
+    gate.settle(gate.amend(cluster()).snapshot)
+    assert asking.done()
+    plugin.withdraw(conf, attachment(container="c0"))
+    asked(gate)
+    assert gate.amend(cluster()).snapshot.pods[WEB].ips == (ip_address("10.244.1.9"),)
+    plugin.withdraw(conf, attachment(name=""))
+    asked(gate)
+    after = gate.amend(cluster())
+    assert (after.snapshot.pods[WEB].ips, after.changed) == ((), {after.snapshot.pods[WEB].ref})
+    assert gate.told() == 0
+    assert PodGate("n1", tmp_path / "x", tmp_path / "told.json").told() == 0
 
 
 def test_an_agent_that_starts_anew_remembers(gate, tmp_path):
@@ -153,7 +189,14 @@ def test_nobody_waits_where_nobody_enforces(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "question", [b"hello\n", b'{"namespace": "a"}\n', b'{"namespace":"a","name":"b","addresses":["x"]}\n', b"x" * 5000]
+    "question",
+    [
+        b"hello\n",
+        b'{"namespace": "a"}\n',
+        b'{"addresses": ["10.244.1.9"]}\n',
+        b'{"namespace":"a","name":"b","addresses":["x"]}\n',
+        b"x" * 5000,
+    ],
 )
 def test_who_asks_something_else_is_cut_off(gate, tmp_path, question, caplog):
     """Rubbish on the socket ends its connection, is named in the log, and hinders nobody."""
