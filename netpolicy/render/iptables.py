@@ -6,7 +6,6 @@
         -m set ! NETPOL-ISOLATED-4 src, ! ... dst -j RETURN       neither end is a pod here that is isolated
         -p tcp ! --syn -j DROP                                    the rest of a connection that was cut, whoever goes on speaking
         -j NETPOL-EGRESS            may it leave?                 a tree of chains by source (kernelstate/chain_tree.py)
-        -m addrtype --src-type LOCAL -j RETURN                    from this node
         -j NETPOL-INGRESS           may it come in?               a tree by destination
           NETPOL-IN-10.244.1.0-28
             ! -s 10.244.1.9 -d 10.244.1.9 -j NETPOL-IN-90B3...    "shop/db-1"; what a pod sends itself is nobody's business
@@ -19,8 +18,12 @@
       -m set TUPLES src,dst            -j RETURN     a pod on a port
       -m set NETS src,dst              -j RETURN     a block, or anybody, on a port
       -p tcp --dport a:b [-m set R..]  -j RETURN     one rule for each large range of ports that is stated
-      -g NETPOL-DENY-INGRESS                         counted, logged if that is wanted, dropped (denied.py)
-                                                     clauses of tiers end there or in -g NETPOL-IN-90B3...-REST as well
+      -g NETPOL-DENY-INGRESS                         clauses of tiers end there or in -g NETPOL-IN-90B3...-REST as well
+
+    NETPOL-DENY-INGRESS
+      -m addrtype --src-type LOCAL -j RETURN         from this node: a look at the routes that only those pay who would be denied
+      -m set DENIED dst                              counted; logged if that is wanted (denied.py)
+      -j DROP
 
 A RETURN from a group's chain goes on to the other direction; the end of NETPOL goes on to whatever else is in the table. Sets come
 before the rules that ask them, and peers that come and go are members of sets: no rule is written for them.
@@ -247,7 +250,6 @@ def _entrance(family: Family, log: DeniedLog | None) -> dict[str, tuple[Rule, ..
             _rule(Verdict.RETURN, own["src"], own["dst"], says="neither end is a pod here that is isolated"),
             rest,
             leaves,
-            _rule(Verdict.RETURN, AddrType(src="LOCAL"), says="from this node"),
             _rule(Jump(BRANCHES["ingress"]), says="may it come in?"),
         ),
         INPUT_CHAIN: (*known, _rule(Verdict.RETURN, own["src"], says="not from a pod here that is isolated"), rest, leaves),
@@ -257,7 +259,9 @@ def _entrance(family: Family, log: DeniedLog | None) -> dict[str, tuple[Rule, ..
 
 
 def _deny(family: Family, direction: Direction, log: DeniedLog | None) -> Iterator[Rule]:
-    """Yield what happens to packets that are denied."""
+    """Yield what happens to packets that are denied; a pod's own node never is."""
+    if direction == "ingress":
+        yield _rule(Verdict.RETURN, AddrType(src="LOCAL"), says="from this node")
     own = SetMatch(f"{DENIED[direction]}{family}", (_SIDES[direction],))
     yield Rule(None, (Comment("counts them for the pod"), own))
     if log is not None:

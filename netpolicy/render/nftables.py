@@ -7,7 +7,6 @@
         tcp flags without a SYN, ip saddr @isolated drop     the rest of a connection that was cut, whoever goes on speaking
         tcp flags without a SYN, ip daddr @isolated drop
         ip saddr vmap @egress                        10.244.1.7 : jump out-6f1c...   may it leave?
-        fib saddr type local accept                  from this node
         ip daddr vmap @ingress                       10.244.1.9 : jump in-90b3...    may it come in?
     input, behind IPVS: packets to the node itself
         ct state established,related accept; neighbour discovery; ip saddr vmap @egress
@@ -18,7 +17,11 @@
         meta l4proto . th dport @in-90b3...-ports return
         ip saddr . meta l4proto . th dport @in-90b3...-tuples return
         ip saddr . meta l4proto . th dport @in-90b3...-boxes return
-        goto deny-ingress                            counted, logged if that is wanted, dropped (denied.py)
+        goto deny-ingress
+    deny-ingress
+        fib saddr type local accept                  from this node: a look at the routes that only those pay who would be denied
+        ip daddr @denied-ingress                     counted; logged if that is wanted (denied.py)
+        drop
     in-c24e...      one with an admin tier that passes packets on
         ip saddr @in-77a0...-peers goto deny-ingress a clause that denies; its sets are shared by all groups that ask it
         ip saddr @in-1f5d...-peers goto in-c24e...-rest
@@ -177,10 +180,9 @@ def _empty(family: Family, log: DeniedLog | None) -> Table:
         Rule((OpensNoConnection(), InSet((end,), "isolated")), (DropPacket(),), "the rest of a connection that was cut")
         for end in (_SADDR, _DADDR)
     ]
-    own_node = Rule((FibLocal("saddr"),), (AcceptPacket(),), "from this node")
     comes_in = Rule((), (VerdictMap((_DADDR,), "ingress"),))
     chains = {
-        "postrouting": Chain((*known, itself, *cut, _LEAVES, own_node, comes_in), Hook("filter", "postrouting", 95)),
+        "postrouting": Chain((*known, itself, *cut, _LEAVES, comes_in), Hook("filter", "postrouting", 95)),
         "input": Chain((*known, cut[0], _LEAVES), Hook("filter", "input", 101)),
         **{f"deny-{direction}": Chain(tuple(_deny(direction, log))) for direction in DIRECTIONS},
     }
@@ -188,7 +190,9 @@ def _empty(family: Family, log: DeniedLog | None) -> Table:
 
 
 def _deny(direction: Direction, log: DeniedLog | None) -> Iterator[Rule]:
-    """Yield what happens to packets that are denied."""
+    """Yield what happens to packets that are denied; a pod's own node never is."""
+    if direction == "ingress":
+        yield Rule((FibLocal("saddr"),), (AcceptPacket(),), "from this node")
     yield Rule((InSet((_POD[direction],), DENIED[direction]),), (), "counts them for the pod")
     if log is not None:
         yield Rule((), (LogSome(log.per_second, log.burst, MARKS[direction], GROUP),))
