@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 TIMEOUT ?= 1500
 
-.PHONY: help setup demo test check lab bench golden explore clean
+.PHONY: help setup demo test check lab bench bench-full test-c golden explore clean
 help: ## what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
@@ -30,8 +30,14 @@ check: setup ## what CI runs before the tests: ruff, mypy strict, import-linter
 lab: setup ## bring up the default lab and leave it running; `.venv/bin/nodeplane lab down` takes it away
 	@.venv/bin/nodeplane lab up
 
-bench: setup ## every benchmark, as JSON and plots in bench/results/
+bench: setup ## every benchmark, as JSON, plots and one page in bench/results/
 	@.venv/bin/nodeplane bench
+
+bench-full: setup ## the same, with IPVS in a virtual machine: some minutes more
+	@.venv/bin/nodeplane bench; .venv/bin/nodeplane bench ipvs-in-vm
+
+test-c: setup ## the packet path in C under sanitizers: random packets, and ten minutes of mutated ones (SECONDS=600)
+	@$(MAKE) -C packetpath check fuzz
 
 golden: setup ## write the golden files again; review the diff
 	@GOLDEN=write $(PY) -m pytest -q tests/golden

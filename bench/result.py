@@ -99,8 +99,7 @@ def write_result(result: Result, directory: Path) -> Path:
 def result_table(result: Result) -> str:
     """Return a run as a person reads it: the command, the machine, then aligned rows."""
     machine = result.machine
-    cells: list[tuple[str, ...]] = [("what", "at", "metric", "value", "unit", "ratio", "to")]
-    cells += [_cells(row) for row in result.rows]
+    cells = table_cells(result)
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     rights = {3, 5}
     lines = [
@@ -109,6 +108,11 @@ def result_table(result: Result) -> str:
     ]
     head = [f"$ {machine.command}", f"  {machine.cpu}, Linux {machine.kernel}, commit {machine.commit}"]
     return "\n".join([*head, *(f"  {line}".rstrip() for line in lines), ""])
+
+
+def table_cells(result: Result) -> list[tuple[str, ...]]:
+    """Return a run's rows as words for people, what each column is first."""
+    return [("what", "at", "metric", "value", "unit", "ratio", "to"), *(_cells(row) for row in result.rows)]
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Measurements of nodeplane, each with the machine it was made on; ``nodeplane bench [NAME]`` runs them.
 
     BENCHMARKS --> measure(options) -> rows --> result (machine, command) --+--> table or JSON on stdout
-                                                                            +--> DIR/NAME.json, DIR/NAME.png
+                                                                            +--> DIR/NAME.json, DIR/NAME.png, DIR/index.html
 
 Decides which benchmarks there are and what becomes of their rows. What each measures is in its own module, the form of a result
 in ``result.py``, the pictures in ``plots.py``. Nothing here passes or fails: a reader, or a gate, judges the ratios.
@@ -19,6 +19,7 @@ from typing import Protocol
 import msgspec
 
 from bench.machine import machine_facts
+from bench.page import write_page
 from bench.result import Options, Result, Row, result_table, write_result
 from nodeplane.commands import Failed, Usage
 
@@ -49,6 +50,10 @@ WITHOUT_SERVICES = frozenset({"lab-up", "overlay", "pod-attachment", "cni-add", 
 """Benchmarks whose size is not a number of Services."""
 
 
+PAGE = "page"
+"""In place of a benchmark: only the page is written, of what was measured before."""
+
+
 class Benchmark(Protocol):
     """What a benchmark's module offers."""
 
@@ -58,6 +63,8 @@ class Benchmark(Protocol):
 
 def run(args: argparse.Namespace) -> int:
     """Run one benchmark, a group or, without a name, all that are not too long: of several, one that cannot run is named, and the others still do. Raises Usage, Failed."""
+    if args.name == PAGE:
+        return _page(args.results)
     names = _names(args.name, args.services)
     options = Options(services=args.services, modes=_modes(args.mode))
     results: list[Result] = []
@@ -75,12 +82,22 @@ def run(args: argparse.Namespace) -> int:
     return 0 if len(results) == len(names) else 1
 
 
+def _page(directory: Path) -> int:
+    """Write the page of what has been measured already. Raises Failed."""
+    path = write_page(directory, tuple(BENCHMARKS))
+    if path is None:
+        raise Failed(f"{directory}: holds no results to make a page of")
+    print(path)
+    return 0
+
+
 def _measure(name: str, options: Options, args: argparse.Namespace) -> Result:
     """Run one benchmark; write and show what it found."""
     benchmark: Benchmark = importlib.import_module(BENCHMARKS[name])
     result = Result(name, machine_facts(_command(name, args)), benchmark.measure(options))
     write_result(result, args.results)
     _draw(result, args.results)
+    write_page(args.results, tuple(BENCHMARKS))
     if args.output == "text":
         print(result_table(result), flush=True)
     return result
@@ -93,7 +110,7 @@ def _names(stated: str | None, services: int | None) -> list[str]:
         return [name for name in BENCHMARKS if name not in BY_NAME_ONLY]
     names = GROUPS.get(stated, (stated,))
     if not BENCHMARKS.keys() >= {*names}:
-        raise Usage(f"bench: must be one of {', '.join((*BENCHMARKS, *GROUPS))}, is {stated!r}")
+        raise Usage(f"bench: must be one of {', '.join((*BENCHMARKS, *GROUPS, PAGE))}, is {stated!r}")
     if services is not None and WITHOUT_SERVICES.intersection(names):
         raise Usage(f"--services: {stated} has nodes and pods, and no number of Services")
     return list(names)

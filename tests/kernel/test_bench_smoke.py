@@ -70,5 +70,6 @@ def test_benchmark_runs(name, tmp_path, monkeypatch, capsys):
         assert isinstance(row["value"], int | float)
         assert row["value"] >= 0
         assert (row["baseline_ratio"] is None) == ("baseline" not in row["params"])
+    assert f'<img src="{name}.png"' in (tmp_path / "index.html").read_text()
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not {n for n in set(netns.names()) - before if n.startswith(f"np-bench-{os.getpid()}-")}
