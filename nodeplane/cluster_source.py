@@ -18,7 +18,7 @@ import contextlib
 import logging
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlencode
 
 from clusterstate.snapshot import Update
@@ -28,6 +28,9 @@ from nodeplane.commands import Failed, Usage
 from nodeplane.config import NodeConfig
 from nodeplane.kept_objects import Identity
 from nodeplane.kept_source import KeptSource
+
+if TYPE_CHECKING:
+    from clusterstate.sources.kubeclient import KubeClient
 
 PATIENCE = 10.0
 """Seconds after which an agent that waits for its first snapshot says so, again and again."""
@@ -67,6 +70,12 @@ def open_source(args: argparse.Namespace, config: NodeConfig) -> ClusterSource:
     return KeptSource(server, Identity(config.node_name, server.name, server.resources))
 
 
+def server_of(source: ClusterSource) -> KubeClient | None:
+    """Return the API server that a source follows; None for files."""
+    server = source.server if isinstance(source, KeptSource) else None
+    return server.client if isinstance(server, _Server) else None
+
+
 def read_once(args: argparse.Namespace, config: NodeConfig) -> Update:
     """Return the objects as they are now. Raises Usage, and Failed for a server that does not answer."""
     if not args.objects and not args.kubeconfig:
@@ -100,17 +109,17 @@ class _Server:
             policies=timeout is not None or bool(config.policy),
         )
         try:
-            self._client = KubeClient(kubeconfig, server=master)
+            self.client = KubeClient(kubeconfig, server=master)
         except ApiError as error:
             raise SourceError(str(error)) from error
-        self._source = KubeSource(self._client, wanted)
+        self._source = KubeSource(self.client, wanted)
         self.fileno, self.poll, self.close, self.why = (
             self._source.fileno,
             self._source.poll,
             self._source.close,
             self._source.missing,
         )
-        self.name = self._client.server
+        self.name = self.client.server
         self.resources = tuple(r.path + ("?" + urlencode(r.selectors) if r.selectors else "") for r in wanted)
         """What is asked for, as it is asked."""
 
@@ -129,5 +138,5 @@ class _Server:
                 return self._source.load(self._timeout or PATIENCE)
             except self._error as error:
                 if self._timeout is not None:
-                    raise SourceError(f"{self._client.server}: {error}") from error
-                log.warning("waiting for %s: %s", self._client.server, error)
+                    raise SourceError(f"{self.client.server}: {error}") from error
+                log.warning("waiting for %s: %s", self.client.server, error)

@@ -56,6 +56,8 @@ class OverlayOptions(msgspec.Struct, frozen=True):
     """Whether checksums of what enters a vxlan tunnel are left to the uplink's hardware."""
     public_ips: tuple[IPAddress, ...] = ()
     """What others are told to be this node's address, at most one of each family; none: the uplink's own."""
+    announce: bool = True
+    """Whether flannel's annotations and condition NetworkUnavailable are written to this Node, where an API server is followed."""
     etcd: EtcdOptions | None = None
     """Where the nodes' leases are; None: Node objects say who is in the overlay."""
     network_in_etcd: bool = False
@@ -99,6 +101,7 @@ class _OverlayFields(Strict, frozen=True):
     subnet_file: str = "/run/flannel/subnet.env"
     source_check: bool = True
     checksum_offload: ChecksumOffload = "auto"
+    announce: bool = True
     public_ip: str = msgspec.field(default="", name="publicIP")
     public_ipv6: str = msgspec.field(default="", name="publicIPv6")
     registry: _RegistryFields = _RegistryFields()
@@ -121,6 +124,7 @@ def read_overlay(raw: object) -> OverlayOptions:
         subnet_file=options.subnet_file,
         source_check=options.source_check,
         checksum_offload=options.checksum_offload,
+        announce=options.announce,
         public_ips=_public_ips(options),
         etcd=etcd,
         network_in_etcd=etcd is not None and not net_conf.families,

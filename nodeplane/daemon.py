@@ -23,7 +23,8 @@ from kernelstate.errors import KernelStateError
 from kernelstate.linux.conntrack import Conntrack
 from nodeplane import logs, pod_gate
 from nodeplane.agent import Agent
-from nodeplane.cluster_source import ClusterSource, open_source
+from nodeplane.announcer import Announcer
+from nodeplane.cluster_source import ClusterSource, open_source, server_of
 from nodeplane.commands import Failed, Usage
 from nodeplane.config import NodeConfig
 from nodeplane.config_fields import ConfigError
@@ -95,6 +96,12 @@ def _follow(args: argparse.Namespace, config: NodeConfig, source: ClusterSource,
     notifier = Notifier()
     agent = build_agent(config, source, expected_chains(first), keeper, notifier)
     watchers.watch(agent)
+    api = server_of(source)
+    announces = api is not None and config.overlay is not None and config.overlay.etcd is None and config.overlay.announce
+    announcer = Announcer(api, config.node_name) if api is not None and announces else None
+    if announcer is not None:
+        agent.attendants.append(announcer)
+        announcer.start()
     if keeper is not None:
         keeper.start()
     watch = watchers.file
@@ -118,6 +125,8 @@ def _follow(args: argparse.Namespace, config: NodeConfig, source: ClusterSource,
             caught.clear()
     finally:
         notifier.stopping()
+        if announcer is not None:
+            announcer.stop()
         if agent.denied is not None:
             agent.denied.stop()
         if keeper is not None:

@@ -64,7 +64,7 @@ class KeptSource:
     """A source like the server's own, see above. Use from one thread."""
 
     def __init__(self, server: Server, identity: Identity, path: Path | None = None) -> None:
-        self._server, self._identity, self._path = server, identity, path or OBJECTS_FILE
+        self.server, self._identity, self._path = server, identity, path or OBJECTS_FILE
         self._writer = Writer(identity, self._path)
         self._kept: Kept | None = None
         """What of the file is in use; None: nothing (any more)."""
@@ -72,32 +72,32 @@ class KeptSource:
 
     def fileno(self) -> int:
         """Return a descriptor that becomes readable when something happened."""
-        return self._server.fileno()
+        return self.server.fileno()
 
     def load(self) -> Update:
         """Return the server's first snapshot, or the file's where the server does not answer in time. Raises SourceError."""
-        found = self._server.wait(AFTER_BOOT)
+        found = self.server.wait(AFTER_BOOT)
         kept = self._read() if found is None else None
         if kept is not None and kept.same_boot:
-            found = self._server.wait(SAME_BOOT - AFTER_BOOT)
+            found = self.server.wait(SAME_BOOT - AFTER_BOOT)
         if found is not None or kept is None:
-            return self._written_down(found or self._server.load())
+            return self._written_down(found or self.server.load())
         self._kept = kept
-        self._why = self._server.why()
+        self._why = self.server.why()
         log.warning("%s: going by what was kept at %s: %s", self._identity.server, _time(kept.written), self._why)
         return self._from_file(kept)
 
     def poll(self) -> Update | None:
         """Return what happened since; None where nothing differs."""
         if self._kept is None:
-            update = self._server.poll()
+            update = self.server.poll()
             return None if update is None else self._written_down(update)
-        found = self._server.wait(0)
+        found = self.server.wait(0)
         if found is not None:
             log.info("%s: has said everything: what was kept is not needed any more", self._identity.server)
             self._kept = None
             return self._written_down(found)
-        why = self._server.why()
+        why = self.server.why()
         if why == self._why:
             return None
         self._why = why
@@ -107,7 +107,7 @@ class KeptSource:
     def close(self) -> None:
         """Stop following; what is not written down yet is."""
         self._writer.close()
-        self._server.close()
+        self.server.close()
 
     def _read(self) -> Kept | None:
         try:

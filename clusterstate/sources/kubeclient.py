@@ -65,6 +65,18 @@ class KubeClient:
         finally:
             answer.release_conn()
 
+    def patch(self, path: str, body: bytes) -> bytes:
+        """Apply a strategic merge patch in JSON; return the object as it is then. Raises ApiError."""
+        import urllib3  # noqa: PLC0415
+
+        answer = self._ask(path, NO_PARAMETERS, READ, "PATCH", body)
+        try:
+            return bytes(answer.read())
+        except urllib3.exceptions.HTTPError as error:
+            raise ApiError(0, f"the answer broke off: {error}") from error
+        finally:
+            answer.release_conn()
+
     def lines(self, path: str, parameters: Mapping[str, str]) -> Iterator[bytes]:
         """Yield the lines of an answer as they come; the rest of one that breaks off is dropped. Raises ApiError."""
         import urllib3  # noqa: PLC0415
@@ -82,13 +94,15 @@ class KubeClient:
         finally:
             answer.close()
 
-    def _ask(self, path: str, parameters: Mapping[str, str], silence: float) -> Any:
+    def _ask(
+        self, path: str, parameters: Mapping[str, str], silence: float, method: str = "GET", body: bytes | None = None
+    ) -> Any:
         """Send a request; return the answer once its head is there. Raises ApiError for anything but success."""
-        answer = self._send(path, parameters, silence)
+        answer = self._send(path, parameters, silence, method, body)
         if answer.status == HTTPStatus.UNAUTHORIZED:
             answer.close()
             self._until = 0.0
-            answer = self._send(path, parameters, silence)
+            answer = self._send(path, parameters, silence, method, body)
         if answer.status == HTTPStatus.OK:
             return answer
         try:
@@ -97,11 +111,13 @@ class KubeClient:
             answer.close()
         raise ApiError(answer.status, words)
 
-    def _send(self, path: str, parameters: Mapping[str, str], silence: float) -> Any:
+    def _send(self, path: str, parameters: Mapping[str, str], silence: float, method: str, body: bytes | None) -> Any:
         import urllib3  # noqa: PLC0415
 
         pool, configuration = self._connect()
         headers = {"Accept": "application/json", "User-Agent": self._agent}
+        if body is not None:
+            headers["Content-Type"] = "application/strategic-merge-patch+json"
         for setting in configuration.auth_settings().values():
             if setting["value"]:
                 headers[setting["key"]] = setting["value"]
@@ -110,7 +126,7 @@ class KubeClient:
         url = f"{configuration.host}{path}" + (f"?{urlencode(parameters)}" if parameters else "")
         timeout = urllib3.Timeout(connect=CONNECT, read=silence)
         try:
-            return pool.request("GET", url, headers=headers, preload_content=False, retries=False, timeout=timeout)
+            return pool.request(method, url, body=body, headers=headers, preload_content=False, retries=False, timeout=timeout)
         except urllib3.exceptions.HTTPError as error:
             raise ApiError(0, f"{configuration.host}: {error}") from error
 

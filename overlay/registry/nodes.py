@@ -22,7 +22,7 @@ from overlay import lease
 from overlay.lease import Vtep
 from overlay.netconf import NetConf, VxlanBackend
 from overlay.registration import Member, Registration, why_no_node_address
-from overlay.table import PeerProblem
+from overlay.table import PeerProblem, PeerTable
 
 
 def read_nodes(nodes: Mapping[str, Node], own: str, net_conf: NetConf) -> list[Member]:
@@ -93,6 +93,22 @@ def _public_ip(node: Node, family: int) -> tuple[IPAddress, str]:
     if internal is None:
         raise _Left("status.addresses", ", ".join(str(a.ip) for a in node.addresses), f"has no IPv{family} InternalIP")
     return internal, "status.addresses"
+
+
+def own_annotations(table: PeerTable, node: Node) -> dict[str, str]:
+    """Return the annotations by which flannel's nodes find the own one; ``public-ip`` as it stands on the Node does not count.
+
+    The address is the one that people state; else the Node's own, if the link to the others has it, else that link's.
+    """
+    addresses: dict[int, str] = {}
+    for way in table.own:
+        family = way.family
+        stated = (node.annotations.get(key) for key in (lease.PUBLIC_IP_OVERWRITE[family], lease.NODE_PUBLIC_IP[family]))
+        internal, held = node.internal_ip(family), [own.ip for own in table.uplink.addresses]
+        address = internal if internal in held else table.uplink.address(family) or internal
+        addresses[family] = next(filter(None, stated), str(address or way.public_ip))
+    vteps = {way.family: way.vtep for way in table.own if way.vtep is not None}
+    return lease.print_annotations(table.net_conf.backend.type, addresses, vteps)
 
 
 def _vtep(node: Node, family: int, net_conf: NetConf, *, own: bool) -> Vtep | None:

@@ -8,6 +8,8 @@ import time
 
 import pytest
 from daemon_node import NODE, SECONDS, DaemonNode
+from fake_api import SERVICES, SLICES
+from http_api import Server, kubeconfig
 from patience import eventually
 
 from kernelstate.linux import netns as namespaces
@@ -187,3 +189,32 @@ def test_the_end(node, number):
     assert node.end(number) == 0
     assert time.monotonic() - started < 2
     assert _ruleset(node) == rules
+
+
+def test_an_api_server_in_place_of_files(node, tmp_path):
+    """On an API server the agent programs what that says, and tells flannel's nodes through its Node how it is reached."""
+    node.configure(
+        overlay={"Network": "10.244.0.0/16", "Backend": {"Type": "host-gw"}, "subnetFile": str(tmp_path / "subnet.env")}
+    )
+    server = Server(space=node.space)
+    try:
+        for path, manifest in ((SERVICES, WEB), (SLICES, SLICE), ("/api/v1/nodes", NODE)):
+            server.api.put(path, manifest)
+        node.start(kubeconfig=kubeconfig(tmp_path, server.url, {}))
+        status = node.synced()
+        assert (status.services, status.endpoints, status.problems) == (1, 1, ())
+        own = server.api.objects["/api/v1/nodes"]
+        told = eventually(lambda: own["/n1"]["metadata"].get("annotations"), SECONDS)
+        assert told == {
+            "flannel.alpha.coreos.com/kube-subnet-manager": "true",
+            "flannel.alpha.coreos.com/backend-type": "host-gw",
+            "flannel.alpha.coreos.com/backend-data": "null",
+            "flannel.alpha.coreos.com/public-ip": "192.168.1.1",
+        }
+        assert [one["type"] for one in own["/n1"]["status"]["conditions"]] == ["NetworkUnavailable"]
+        server.api.put(SLICES, {**SLICE, "endpoints": []})
+        eventually(lambda: node.status().endpoints == 0, SECONDS)
+        assert len(server.patches) == 1, "what is said already is not said again"
+        assert node.end() == 0
+    finally:
+        server.close()

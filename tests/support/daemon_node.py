@@ -72,10 +72,11 @@ class DaemonNode:
         fresh.write_bytes(msgspec.json.encode(manifest))
         fresh.replace(self.directory / f"objects/{name}.yaml")
 
-    def start(self, *flags: str, config: bool = True, **environment: str) -> None:
-        """Start the agent."""
+    def start(self, *flags: str, config: bool = True, kubeconfig: Path | None = None, **environment: str) -> None:
+        """Start the agent, on its files or on an API server."""
         assert self.process is None
-        program = [sys.executable, "-m", "nodeplane", "agent", "--objects", str(self.directory / "objects"), *flags]
+        source = ("--kubeconfig", kubeconfig) if kubeconfig else ("--objects", self.directory / "objects")
+        program = [sys.executable, "-m", "nodeplane", "agent", *map(str, source), *flags]
         program += ["--config", str(self.config)] if config else []
         mounts = ["unshare", "--mount", "--propagation", "private", "sh", "-c", SCRIPT, "sh", str(self.directory)]
         with (self.directory / "log").open("ab") as log:

@@ -66,6 +66,17 @@ class FakeApi:
             gone = {**gone, "metadata": {**gone["metadata"], "resourceVersion": str(self.version)}}
             self._note(path, "DELETED", gone)
 
+    def patch(self, path: str, body: bytes) -> dict[str, Any]:
+        """Apply a strategic merge patch to the status of an object without namespace; lists are appended to."""
+        resource, key = path.removesuffix("/status").rsplit("/", 1)
+        patch = json.loads(body)
+        before = self.objects[resource]["/" + key]
+        annotations = before["metadata"].get("annotations", {}) | patch.get("metadata", {}).get("annotations", {})
+        conditions = before["status"].get("conditions", []) + patch.get("status", {}).get("conditions", [])
+        status = {**before["status"], "conditions": conditions}
+        self.put(resource, {**before, "metadata": {**before["metadata"], "annotations": annotations}, "status": status})
+        return self.objects[resource]["/" + key]
+
     def _note(self, path: str, kind: str, manifest: dict[str, Any]) -> None:
         self._log.append((self.version, path, json.dumps({"type": kind, "object": manifest})))
         self._changed.notify_all()

@@ -57,7 +57,7 @@ def test_probes_ask_what_is_served():
 
 
 def test_rights_are_those_that_are_used():
-    """The role allows exactly the lists and watches that an agent with everything switched on asks for."""
+    """The role allows exactly the lists and watches that an agent with everything switched on asks for, and what it writes."""
     paths = [one.path.split("/")[1:] for one in resources("n1", services=True, all_nodes=True, policies=True)]
     asked = {(path[1] if path[0] == "apis" else "", path[-1]) for path in paths}
     allowed = {
@@ -68,6 +68,8 @@ def test_rights_are_those_that_are_used():
         if sorted(rule["verbs"]) == ["list", "watch"]
     }
     assert allowed == asked
+    others = [rule for rule in MANIFESTS["ClusterRole"]["rules"] if sorted(rule["verbs"]) != ["list", "watch"]]
+    assert others == [{"apiGroups": [""], "resources": ["nodes/status"], "verbs": ["patch"]}], "what announcer.py writes"
     assert MANIFESTS["ClusterRoleBinding"]["roleRef"]["name"] == MANIFESTS["ClusterRole"]["metadata"]["name"]
     assert (
         MANIFESTS["DaemonSet"]["spec"]["template"]["spec"]["serviceAccountName"]

@@ -139,7 +139,7 @@ def test_a_server_that_stops_half_way_removes_nothing(monkeypatch, file):
         assert names(update.snapshot) == {"a"}
         api.put(SERVICES, service("b", "10.96.0.2"))
         api.put("/api/v1/nodes", node("n1"))
-        eventually(lambda: "no complete list of EndpointSlice:" in source._server.why(), SECONDS)
+        eventually(lambda: "no complete list of EndpointSlice:" in source.server.why(), SECONDS)
         said = [update for update in (source.poll() for _ in range(20)) if update is not None]
         assert all(u.snapshot == update.snapshot and u.kept for u in said)
 

@@ -5,81 +5,18 @@ from __future__ import annotations
 import json
 import ssl
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from fake_api import FakeApi, node, service
+from fake_api import node, service
+from http_api import Server, kubeconfig
 
 from clusterstate.sources import kubeclient
 from clusterstate.sources.kubeclient import KubeClient
 from clusterstate.sources.reflector import ApiError
 from nodeplane.__main__ import main
-
-Check = Callable[[BaseHTTPRequestHandler], bool]
-
-
-class Server:
-    """A FakeApi behind HTTP, on a port of loopback that the kernel chose."""
-
-    def __init__(self, check: Check = lambda _request: True, tls: ssl.SSLContext | None = None) -> None:
-        self.api, self.headers = FakeApi(), list[dict[str, str]]()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                outer.headers.append(dict(self.headers))
-                if not check(self):
-                    self.answer(401, {"kind": "Status", "message": "Unauthorized"})
-                    return
-                path, _, query = self.path.partition("?")
-                parameters = dict(pair.split("=", 1) for pair in query.split("&") if pair)
-                try:
-                    if parameters.get("watch") == "true":
-                        self.stream(path, parameters)
-                    else:
-                        self.answer(200, json.loads(outer.api.get(path, parameters)))
-                except ApiError as error:
-                    self.answer(error.status or 503, {"kind": "Status", "message": str(error)})
-
-            def answer(self, status: int, body: Any) -> None:
-                data = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def stream(self, path: str, parameters: dict[str, str]) -> None:
-                self.send_response(200)
-                self.send_header("Transfer-Encoding", "chunked")
-                self.end_headers()
-                for line in outer.api.lines(path, parameters):
-                    half = len(line) // 2
-                    for piece in (line[:half], line[half:] + b"\n"):  # lines and chunks have nothing to do with each other
-                        self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-                self.close_connection = True  # in the middle of the answer: no last chunk
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        if tls is not None:
-            self.http.socket = tls.wrap_socket(self.http.socket, server_side=True)
-        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.http.server_port}"
-        self._thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self.api.away("the test is over")
-        self.http.shutdown()
-        self.http.server_close()
 
 
 @pytest.fixture
@@ -96,22 +33,6 @@ def served() -> Iterator[Callable[..., Server]]:
         server.close()
 
 
-def kubeconfig(folder: Path, server: str, user: dict[str, Any], **cluster: str) -> Path:
-    """Write a kubeconfig."""
-    context = {"cluster": "c", "user": "u"}
-    content = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "x",
-        "clusters": [{"name": "c", "cluster": {"server": server, **cluster}}],
-        "users": [{"name": "u", "user": user}],
-        "contexts": [{"name": "x", "context": context}],
-    }
-    path = folder / "kubeconfig"
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
 def test_a_token_is_sent_and_read_again_when_it_is_refused(tmp_path, served):
     """The token of the file goes with each request; after 401 the file is read again, once."""
     accepted = ["Bearer one"]
@@ -124,6 +45,22 @@ def test_a_token_is_sent_and_read_again_when_it_is_refused(tmp_path, served):
     kubeconfig(tmp_path, server.url, {"token": "two"})
     assert json.loads(client.get("/version"))["major"] == "1"
     assert server.headers[-1]["User-Agent"] == "nodeplane"
+
+
+def test_a_patch(tmp_path, served):
+    """A patch goes out as a strategic merge patch, and comes back as the object; a refusal is the server's own words."""
+    allowed = [True]
+    server = served(lambda _request: allowed[0])
+    client = KubeClient(kubeconfig(tmp_path, server.url, {"token": "one"}))
+    server.api.put("/api/v1/nodes", node("n1"))
+    body = b'{"metadata":{"annotations":{"a":"b"}}}'
+    assert json.loads(client.patch("/api/v1/nodes/n1/status", body))["metadata"]["annotations"] == {"a": "b"}
+    assert server.patches == [("/api/v1/nodes/n1/status", body)]
+    assert server.headers[-1]["Content-Type"] == "application/strategic-merge-patch+json"
+    assert server.headers[-1]["authorization"] == "Bearer one"
+    allowed[0] = False
+    with pytest.raises(ApiError, match=r"^403 forbidden$"):
+        client.patch("/api/v1/nodes/n1/status", b"{}")
 
 
 def test_a_plugin_is_asked_for_the_token(tmp_path, served):
