@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from clusterstate.snapshot import Update
 from clusterstate.sources.tree import SourceError
@@ -29,6 +30,7 @@ from nodeplane.commands import Failed, Usage
 from nodeplane.config import NodeConfig
 from nodeplane.config_fields import ConfigError
 from nodeplane.denied import DeniedLogger
+from nodeplane.event_writer import EventWriter
 from nodeplane.flags import read_config
 from nodeplane.flows import FlowKeeper
 from nodeplane.health import HealthServers
@@ -43,6 +45,9 @@ from nodeplane.policy_flows import PolicyFlows
 from nodeplane.reload import ConfigWatch, differing, is_live, with_live
 from nodeplane.status import AlreadyRunningError, Status, take_lock, write_status
 from nodeplane.watchers import Watchers
+
+if TYPE_CHECKING:
+    from clusterstate.sources.kubeclient import KubeClient
 
 log = logging.getLogger("nodeplane")
 
@@ -96,12 +101,10 @@ def _follow(args: argparse.Namespace, config: NodeConfig, source: ClusterSource,
     notifier = Notifier()
     agent = build_agent(config, source, expected_chains(first), keeper, notifier)
     watchers.watch(agent)
-    api = server_of(source)
-    announces = api is not None and config.overlay is not None and config.overlay.etcd is None and config.overlay.announce
-    announcer = Announcer(api, config.node_name) if api is not None and announces else None
-    if announcer is not None:
-        agent.attendants.append(announcer)
-        announcer.start()
+    writers = _writers(config, server_of(source))
+    agent.attendants += writers
+    for writer in writers:
+        writer.start()
     if keeper is not None:
         keeper.start()
     watch = watchers.file
@@ -125,12 +128,21 @@ def _follow(args: argparse.Namespace, config: NodeConfig, source: ClusterSource,
             caught.clear()
     finally:
         notifier.stopping()
-        if announcer is not None:
-            announcer.stop()
+        for writer in writers:
+            writer.stop()
         if agent.denied is not None:
             agent.denied.stop()
         if keeper is not None:
             keeper.stop()
+
+
+def _writers(config: NodeConfig, api: KubeClient | None) -> list[Announcer | EventWriter]:
+    """Return what writes to the API server, where there is one: Events, and with an overlay what this node tells the others."""
+    if api is None:
+        return []
+    overlay = config.overlay
+    announces = overlay is not None and overlay.etcd is None and overlay.announce
+    return [EventWriter(api, config.node_name), *([Announcer(api, config.node_name)] if announces else [])]
 
 
 def _is_network_found(keeper: LeaseKeeper | None) -> bool:

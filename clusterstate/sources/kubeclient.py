@@ -25,6 +25,8 @@ CONNECT, READ, SILENCE = 10.0, 60.0, 150.0
 """Seconds to connect, for the next piece of an answer, and in which a watch says nothing: servers send a bookmark each minute."""
 CREDENTIALS = 300.0
 IN_CLUSTER = None
+SUCCESS = frozenset({HTTPStatus.OK, HTTPStatus.CREATED})
+CONTENT_TYPES = {"PATCH": "application/strategic-merge-patch+json", "POST": "application/json"}
 LONGEST_LINE = 32 << 20
 """Bytes of one event; etcd takes objects of 1.5 MB."""
 
@@ -55,21 +57,20 @@ class KubeClient:
 
     def get(self, path: str, parameters: Mapping[str, str] = NO_PARAMETERS) -> bytes:
         """Return the whole answer. Raises ApiError."""
-        import urllib3  # noqa: PLC0415
-
-        answer = self._ask(path, parameters, READ)
-        try:
-            return bytes(answer.read())
-        except urllib3.exceptions.HTTPError as error:
-            raise ApiError(0, f"the answer broke off: {error}") from error
-        finally:
-            answer.release_conn()
+        return self._whole("GET", path, parameters)
 
     def patch(self, path: str, body: bytes) -> bytes:
         """Apply a strategic merge patch in JSON; return the object as it is then. Raises ApiError."""
+        return self._whole("PATCH", path, body=body)
+
+    def post(self, path: str, body: bytes) -> bytes:
+        """Create an object in JSON; return it as it is then. Raises ApiError."""
+        return self._whole("POST", path, body=body)
+
+    def _whole(self, method: str, path: str, parameters: Mapping[str, str] = NO_PARAMETERS, body: bytes | None = None) -> bytes:
         import urllib3  # noqa: PLC0415
 
-        answer = self._ask(path, NO_PARAMETERS, READ, "PATCH", body)
+        answer = self._ask(path, parameters, READ, method, body)
         try:
             return bytes(answer.read())
         except urllib3.exceptions.HTTPError as error:
@@ -103,7 +104,7 @@ class KubeClient:
             answer.close()
             self._until = 0.0
             answer = self._send(path, parameters, silence, method, body)
-        if answer.status == HTTPStatus.OK:
+        if answer.status in SUCCESS:
             return answer
         try:
             words = _words(answer.read(1 << 16), answer.reason)
@@ -117,7 +118,7 @@ class KubeClient:
         pool, configuration = self._connect()
         headers = {"Accept": "application/json", "User-Agent": self._agent}
         if body is not None:
-            headers["Content-Type"] = "application/strategic-merge-patch+json"
+            headers["Content-Type"] = CONTENT_TYPES[method]
         for setting in configuration.auth_settings().values():
             if setting["value"]:
                 headers[setting["key"]] = setting["value"]

@@ -215,6 +215,12 @@ def test_an_api_server_in_place_of_files(node, tmp_path):
         server.api.put(SLICES, {**SLICE, "endpoints": []})
         eventually(lambda: node.status().endpoints == 0, SECONDS)
         assert len(server.patches) == 1, "what is said already is not said again"
+        server.api.put(SERVICES, {**WEB, "spec": {**WEB["spec"], "clusterIP": "nowhere"}})
+        eventually(lambda: len(server.posts) > 1, SECONDS)
+        events = [(path, one["regarding"]["name"], one["type"], one["reason"]) for path, one in server.posts]
+        place = "/apis/events.k8s.io/v1/namespaces/default/events"
+        assert events == [(place, "n1", "Normal", "Starting"), (place, "n1", "Warning", "BadObject")]
+        assert "nowhere" in server.posts[1][1]["note"]
         assert node.end() == 0
     finally:
         server.close()

@@ -27,6 +27,7 @@ class Server:
         """``space``: a network namespace, else this one."""
         self.api, self.headers = FakeApi(), list[dict[str, str]]()
         self.patches: list[tuple[str, bytes]] = []
+        self.posts: list[tuple[str, dict[str, Any]]] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -57,6 +58,10 @@ class Server:
                     self.answer(200, outer.api.patch(self.path, outer.patches[-1][1]))
                 else:
                     self.answer(403, {"kind": "Status", "message": "forbidden"})
+
+            def do_POST(self) -> None:
+                outer.posts.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+                self.answer(201, outer.posts[-1][1])
 
             def answer(self, status: int, body: Any) -> None:
                 data = json.dumps(body).encode()

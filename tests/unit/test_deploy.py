@@ -69,7 +69,10 @@ def test_rights_are_those_that_are_used():
     }
     assert allowed == asked
     others = [rule for rule in MANIFESTS["ClusterRole"]["rules"] if sorted(rule["verbs"]) != ["list", "watch"]]
-    assert others == [{"apiGroups": [""], "resources": ["nodes/status"], "verbs": ["patch"]}], "what announcer.py writes"
+    assert others == [
+        {"apiGroups": [""], "resources": ["nodes/status"], "verbs": ["patch"]},  # announcer.py
+        {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create"]},  # event_writer.py
+    ]
     assert MANIFESTS["ClusterRoleBinding"]["roleRef"]["name"] == MANIFESTS["ClusterRole"]["metadata"]["name"]
     assert (
         MANIFESTS["DaemonSet"]["spec"]["template"]["spec"]["serviceAccountName"]
