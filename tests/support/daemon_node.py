@@ -42,15 +42,19 @@ NODE = {
 class DaemonNode:
     """Node n1. ``start`` and ``end`` as often as one likes."""
 
-    def __init__(self, space: str, directory: Path, **fields: Any) -> None:
-        """Take fields of the NodeConfiguration."""
+    def __init__(self, space: str, directory: Path, *, link: bool = True, **fields: Any) -> None:
+        """Take fields of the NodeConfiguration; ``link`` False: the namespace has an eth0."""
         self.space, self.directory = space, directory
         for name in ("run", "lib", "objects", "conf"):
             (directory / name).mkdir()
         self.config = directory / "conf/config.yaml"
         self.configure(**fields)
         self.put("node", NODE)
-        for command in ("link add eth0 type veth peer name eth1", "addr add 192.168.1.1/24 dev eth0", "link set eth0 up"):
+        for command in (
+            ()
+            if not link
+            else ("link add eth0 type veth peer name eth1", "addr add 192.168.1.1/24 dev eth0", "link set eth0 up")
+        ):
             netns.run(space, ["ip", *command.split()])
         self.process: subprocess.Popen[bytes] | None = None
 
