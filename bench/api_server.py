@@ -77,9 +77,16 @@ class Server:
         """Answer one connection until it ends."""
         try:
             while line := await reader.readline():
-                while (await reader.readline()).strip():
-                    pass  # headers
-                await self._answer(urlsplit(line.split()[1].decode()), writer)
+                length = 0
+                while header := (await reader.readline()).strip():
+                    name, _, value = header.partition(b":")
+                    length = int(value) if name.lower() == b"content-length" else length
+                body = await reader.readexactly(length)
+                method, url = line.split()[:2]
+                if method == b"GET":
+                    await self._answer(urlsplit(url.decode()), writer)
+                else:
+                    await _whole(writer, body)  # what the agent says of itself is taken, and changes nothing
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:

@@ -6,6 +6,7 @@ responders, and whatever people started with ``lab exec``. Recorded processes ar
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -83,6 +84,14 @@ def let_run(process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
     """Leave a process we started running beyond us; keeps its handle, so that it can be reaped should it end before we do."""
     _started.append(process)
     return process
+
+
+@atexit.register
+def _leave() -> None:
+    """Let those that run on do so without Python's warning about it: that is what they are for."""
+    for process in _started:
+        if process.poll() is None:
+            process.returncode = 0
 
 
 def reap() -> None:
