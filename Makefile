@@ -34,7 +34,7 @@ bench: setup ## every benchmark, as JSON, plots and one page in bench/results/
 	@.venv/bin/nodeplane bench
 
 bench-full: setup ## the same, with IPVS in a virtual machine: some minutes more
-	@.venv/bin/nodeplane bench; .venv/bin/nodeplane bench ipvs-in-vm
+	@failed=0; .venv/bin/nodeplane bench || failed=1; .venv/bin/nodeplane bench ipvs-in-vm || failed=1; exit $$failed
 
 test-c: setup ## the packet path in C under sanitizers: random packets, and ten minutes of mutated ones (SECONDS=600)
 	@$(MAKE) -C packetpath check fuzz

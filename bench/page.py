@@ -16,7 +16,7 @@ import msgspec
 
 from bench.result import Machine, Result, table_cells
 
-PAGE = "index.html"
+FILE = "index.html"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #222 }
 img { max-width: 100%; height: auto; border: 1px solid #ddd }
@@ -33,7 +33,7 @@ def write_page(directory: Path, order: Sequence[str]) -> Path | None:
     results = list(_results(directory, order))
     if not results:
         return None
-    path = directory / PAGE
+    path = directory / FILE
     path.write_text("\n".join(_lines(results, directory)) + "\n")
     return path
 

@@ -68,7 +68,7 @@ class Announcer(Attendant):
         """Start the thread, in the network namespace of the caller."""
         self._thread.start()
 
-    def stop(self, seconds: float = 2.0) -> None:
+    def stop(self, seconds: float = 0.5) -> None:
         """Let the thread end; what was said stays. One that waits for an answer ends with the process."""
         with self._lock:
             self._stopping = True

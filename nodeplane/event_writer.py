@@ -64,7 +64,7 @@ class EventWriter(Attendant):
         self._thread.start()
         self._say("Normal", "Starting", "nodeplane runs")
 
-    def stop(self, seconds: float = 2.0) -> None:
+    def stop(self, seconds: float = 0.5) -> None:
         """Let the thread end once it has said what there is to say; one that waits for an answer ends with the process."""
         self._queue.put(None)
         self._thread.join(seconds)

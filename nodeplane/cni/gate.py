@@ -27,7 +27,7 @@ SOCKET = "/run/nodeplane/policy.sock"
 WAIT = 10
 """Seconds."""
 GOODBYE = 1
-"""Seconds in which an agent takes in that a pod has gone."""
+"""Seconds in which an agent that is there can be connected to."""
 IN_FORCE = "in force"
 POLL = 0.05
 LONGEST = 4096
@@ -65,7 +65,6 @@ def withdraw(conf: Json, attachment: Attachment) -> None:
         client.settimeout(GOODBYE)
         client.connect(conf.get("policySocket") or SOCKET)
         client.sendall(_line(container=attachment.container))
-        client.recv(1)  # it has heard it when it hangs up
 
 
 def _line(**known: Any) -> bytes:
@@ -77,6 +76,7 @@ def _ask(path: str, question: bytes, until: float, heard: list[str]) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(max(0.01, until - time.monotonic()))
         client.connect(path)
+        heard.clear()
         client.sendall(question)
         data = b""
         while len(data) < LONGEST and (piece := client.recv(LONGEST)):

@@ -4,7 +4,7 @@ Looks at one node at a time; what nodes claim against each other is judged in ``
 there they count, so that a node may be run by either; the order for the address is flannel's. ``public-ip`` comes before
 ``node-public-ip``, since it is what flannel's nodes send to, and all nodes must send to the same:
 
-    public-ip-overwrite  >  public-ip  >  node-public-ip  >  status.addresses (InternalIP)
+    public-ip-overwrite  >  public-ip (not the own node's)  >  node-public-ip  >  status.addresses (InternalIP)
 
     kube-subnet-manager   others of flannel's annotations    a peer?
     "true"                any                                yes: flannel runs it, or we and somebody wrote them
@@ -70,15 +70,17 @@ def _read_family(node: Node, family: int, net_conf: NetConf, *, own: bool) -> Re
         raise _Left("spec.podCIDRs", ", ".join(map(str, node.pod_cidrs)), f"has no IPv{family} pod network")
     if not (network is not None and network.version == pod_cidr.version and pod_cidr.subnet_of(network)):  # type: ignore[arg-type]
         raise _Left("spec.podCIDRs", str(pod_cidr), f"is not inside Network {network}")
-    address, field = _public_ip(node, family)
+    address, field = _public_ip(node, family, own=own)
     reason = why_no_node_address(address, network)
     if reason:
         raise _Left(field, str(address), reason)
     return Registration(node.name, family, pod_cidr, address, field, _vtep(node, family, net_conf, own=own))
 
 
-def _public_ip(node: Node, family: int) -> tuple[IPAddress, str]:
-    for key in (lease.PUBLIC_IP_OVERWRITE[family], lease.PUBLIC_IP[family], lease.NODE_PUBLIC_IP[family]):
+def _public_ip(node: Node, family: int, *, own: bool) -> tuple[IPAddress, str]:
+    """Return a node's address and who says it; of the own node ``public-ip`` is what we say, and nothing to go by."""
+    said = () if own else (lease.PUBLIC_IP[family],)
+    for key in (lease.PUBLIC_IP_OVERWRITE[family], *said, lease.NODE_PUBLIC_IP[family]):
         text = node.annotations.get(key)
         if not text:
             continue
@@ -98,7 +100,7 @@ def _public_ip(node: Node, family: int) -> tuple[IPAddress, str]:
 def own_annotations(table: PeerTable, node: Node) -> dict[str, str]:
     """Return the annotations by which flannel's nodes find the own one; ``public-ip`` as it stands on the Node does not count.
 
-    The address is the one that people state; else the Node's own, if the link to the others has it, else that link's.
+    The address is the one that people state (``read_node`` saw that it is one); else the Node's own, if the link to the others has it, else that link's.
     """
     addresses: dict[int, str] = {}
     for way in table.own:

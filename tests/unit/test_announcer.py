@@ -103,11 +103,12 @@ def test_what_is_said() -> None:
     ("annotations", "uplink", "told"),
     [
         ({"public-ip": "192.168.1.77"}, "192.168.1.1/24", "192.168.1.1"),
+        ({"public-ip": "eth0"}, "192.168.1.1/24", "192.168.1.1"),
         ({"node-public-ip": "192.168.1.8"}, "192.168.1.1/24", "192.168.1.8"),
         ({"node-public-ip": "192.168.1.8", "public-ip-overwrite": "203.0.113.5"}, "192.168.1.1/24", "203.0.113.5"),
         ({}, "10.9.0.1/16", "10.9.0.1"),
     ],
-    ids=["an earlier one", "stated", "a NAT's", "another link"],
+    ids=["an earlier one", "rubbish", "stated", "a NAT's", "another link"],
 )
 def test_which_address(annotations: dict[str, str], uplink: str, told: str) -> None:
     """What people state counts before the Node's own address, that one before the uplink's; what was said earlier does not count."""
