@@ -35,6 +35,7 @@ def add_lab_parser(subparsers: Any) -> None:
     up.add_argument("--services", metavar="MODE", help="service mode: iptables, ipvs, nftables or ebpf")
     up.add_argument("--overlay", metavar="BACKEND", help="vxlan, host-gw or udp")
     up.add_argument("--policy", metavar="MODE", help="enforce NetworkPolicies: nftables or iptables")
+    up.add_argument("--api", action="store_true", help="with an API server of the lab's own, for kubectl; the agents follow it")
     _timeout(up)
     status = _command(commands, "status", _status, "nodes, pods, Services and whether they are in sync")
     _output(status)
@@ -127,10 +128,12 @@ def _up(args: argparse.Namespace) -> int:
     for line in planned.ignored:
         print(f"left out: {line}: a lab has no use for this kind", file=sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that being told to stop also takes down what was made
-    state = _lab("lab").up(args.name, planned.topology, planned.given, progress, timeout=args.timeout)
+    state = _lab("lab").up(args.name, planned.topology, planned.given, progress, timeout=args.timeout, api=args.api)
     progress(f"lab {args.name} is up: {len(state.topology.nodes)} nodes and {len(state.pods)} pods in sync")
     progress.end()
     _say_problems(state)
+    if state.kubeconfig is not None:
+        print(f"export KUBECONFIG={state.kubeconfig}")
     return 0
 
 
@@ -250,6 +253,8 @@ def _print_change(change: Any) -> None:
 
 def _wait(args: argparse.Namespace) -> int:
     state = _lab("state").load(args.name)
+    if state.api_port:
+        state.generation = _lab("api.remote").settle(state)
     for node in _lab("agents").await_sync(state, args.timeout):
         print(f"nodeplane: {node} has no running agent and was not waited for", file=sys.stderr)
     return 0

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from clusterstate.objects import ObjectRef
 from clusterstate.snapshot import Name, ObjectError, Update
 from clusterstate.sources.holdings import NOTHING, Holding, Holdings, held
-from clusterstate.sources.reflector import Api, ApiError, Changed, Listed, News, Reflector, Resource, Trouble
+from clusterstate.sources.reflector import Api, ApiError, Changed, Listed, News, Reached, Reflector, Resource, Trouble
 from clusterstate.sources.tree import gc_paused
 
 PROXIED = (("labelSelector", "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name"),)
@@ -70,6 +70,9 @@ class KubeSource:
         """What came before the first snapshot was complete."""
         self._troubles: dict[Resource, str] = {}
         self._told: tuple[ObjectError, ...] = ()
+        self._reached: dict[Resource, int] = {}
+        """Up to which version each kind has been told; nothing of one that is not served."""
+        self._said = ""
         self._revision = 0
         self._threads: list[threading.Thread] = []
 
@@ -152,7 +155,7 @@ class KubeSource:
         difference = self._holdings.replace(files) if files else None
         refs = difference.refs() if difference else frozenset()
         services = difference.services() if difference else frozenset()
-        if not refs and self._errors() == self._told:
+        if not refs and self._errors() == self._told and self._generation() == self._said:
             return None
         return self._update(refs, services)
 
@@ -183,6 +186,8 @@ class KubeSource:
                 assert parsed is not None
                 self._paths[resource].add(path)
                 files[path] = held(parsed, self._before(path, files))
+            case Reached(resource, version):
+                self._reached[resource] = max(version, self._reached.get(resource, version))
             case Trouble(resource, words):
                 if words:
                     self._troubles[resource] = words
@@ -204,9 +209,13 @@ class KubeSource:
 
     def _update(self, refs: frozenset[ObjectRef] | None, services: frozenset[Name] | None) -> Update:
         self._revision += 1
-        self._told = self._errors()
+        self._told, self._said = self._errors(), self._generation()
         snapshot = self._holdings.snapshot = replace(self._holdings.snapshot, revision=self._revision)
-        return Update(snapshot, refs, self._told, services)
+        return Update(snapshot, refs, self._told, services, generation=self._said)
+
+    def _generation(self) -> str:
+        """Return the version up to which all kinds have been told: versions count all kinds together (KEP-5504)."""
+        return str(min(self._reached.values())) if self._reached else ""
 
 
 def version_of(answer: bytes) -> tuple[int, int]:

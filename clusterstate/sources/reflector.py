@@ -97,7 +97,14 @@ class Trouble(NamedTuple):
     words: str
 
 
-News: TypeAlias = Listed | Changed | Trouble
+class Reached(NamedTuple):
+    """All that happened to a resource up to a version has been told."""
+
+    resource: Resource
+    version: int
+
+
+News: TypeAlias = Listed | Changed | Trouble | Reached
 
 
 class _Metadata(msgspec.Struct, rename="camel", gc=False):
@@ -247,7 +254,12 @@ class Reflector:
             raise ApiError(0, "a list without a resourceVersion")
         self._version, self._floor, self._seen, self._is_listed = version, _number(version), {}, True
         self._tell(Listed(self._resource, objects))
+        self._reached(version)
         self._well()
+
+    def _reached(self, version: str) -> None:
+        if (number := _number(version)) >= 0:
+            self._tell(Reached(self._resource, number))
 
     # -- changes -------------------------------------------------------------------------------------------------------
 
@@ -259,6 +271,7 @@ class Reflector:
             version = head.metadata.resource_version
             if event.type == "BOOKMARK":
                 self._version = version or self._version
+                self._reached(version)
                 continue
             path, number = self._path(head.metadata), _number(version)
             if 0 <= number <= max(self._floor, self._seen.get(path, -1)):
@@ -268,6 +281,7 @@ class Reflector:
                 self._version = version
             gone = event.type == "DELETED"
             self._tell(Changed(self._resource, path, None if gone else self._object(bytes(event.object))[1]))
+            self._reached(version)
         self._fruitless += silent
         self._doubt()
 

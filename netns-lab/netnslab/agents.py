@@ -1,7 +1,7 @@
 """The agents of a lab: each node's configuration, its process, and what it says of itself.
 
 An agent runs the way it does on a real node, in the node's network namespace and with the node's own view of /run (``mounts``).
-The lab speaks to it only through files: objects and ``.generation`` in, ``status.json`` out. So an agent that was killed and
+The lab speaks to it only through files: objects and ``.generation`` in (or the lab's API server), ``status.json`` out. So an agent that was killed and
 started again by hand, in `lab exec NODE`, is as good as the first.
 """
 
@@ -25,7 +25,7 @@ from nodeplane.config import parse_config
 from nodeplane.config_fields import ConfigError
 from nodeplane.status import Status, read_status
 
-CONFIG, OBJECTS = "/run/nodeplane/config.yaml", "/run/nodeplane/objects"
+CONFIG, OBJECTS, KUBECONFIG = "/run/nodeplane/config.yaml", "/run/nodeplane/objects", "/run/nodeplane/kubeconfig"
 """As the agent sees them."""
 SECTIONS = ("iptables", "ipvs", "nftables")
 """What has options of its own in the configuration."""
@@ -108,7 +108,8 @@ def start(state: LabState, nodes: Sequence[str]) -> dict[str, subprocess.Popen[b
 def _start(state: LabState, node: str) -> subprocess.Popen[bytes]:
     directory = state.node_dir(node)
     write_config(state, node)
-    command = [sys.executable, "-m", "nodeplane", "agent", "--config", CONFIG, "--objects", OBJECTS]
+    source = ["--kubeconfig", KUBECONFIG] if state.api_port else ["--objects", OBJECTS]
+    command = [sys.executable, "-m", "nodeplane", "agent", "--config", CONFIG, *source]
     with (directory / "agent.log").open("ab") as log:
         process = mounts.popen(
             state.node_netns(node),
@@ -146,7 +147,14 @@ def agent_status(state: LabState, node: str) -> tuple[Status | None, bool]:
 
 def is_synced(state: LabState, status: Status | None) -> bool:
     """Whether a status says that the lab's latest change is programmed."""
-    return status is not None and status.synced and status.generation == str(state.generation)
+    return status is not None and status.synced and has_reached(state, status)
+
+
+def has_reached(state: LabState, status: Status) -> bool:
+    """Whether a status is of the lab's latest change: of files that very one, of an API server that version or a later."""
+    if state.api_port:
+        return status.generation.isdecimal() and int(status.generation) >= state.generation
+    return status.generation == str(state.generation)
 
 
 def await_sync(
@@ -183,7 +191,7 @@ def _why_late(state: LabState, node: str, status: Status | None) -> str:
         return f"has written no status yet ({log_tail(state, node) or 'nothing in its log'})"
     if status.errors:
         return status.errors[0]
-    if status.generation != str(state.generation):
+    if not has_reached(state, status):
         return f"has programmed change {status.generation or 'none'}, not {state.generation}"
     return f"differs from desired in {', '.join(status.pending) or 'an unnamed part'}"
 

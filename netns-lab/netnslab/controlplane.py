@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from ipaddress import ip_address, ip_network
 from typing import Any
 
 import msgspec
 
 from clusterstate.objects import ObjectRef
-from netnslab.endpoints import SERVICE_LABEL, is_selected, slices_for
+from netnslab.endpoints import MADE_BY, SERVICE_LABEL, is_selected, slices_for
 from netnslab.errors import LabInputError
 from netnslab.given import Given, Raw
 from netnslab.memory import Memory, PodPlace, ServicePlace, free_cluster_ip, free_node_port, next_pod_ip
@@ -49,6 +49,13 @@ def complete(given: Given, topology: Topology, memory: Memory) -> Completed:
     plane.service_cidr()
     plane.namespaces()
     return Completed(plane.objects, plane.memory)
+
+
+def unplaceable(given: Given, topology: Topology, memory: Memory) -> dict[ObjectRef, str]:
+    """Return the pods for which there is no node, and why: an API server takes such a pod, and lets it wait."""
+    plane = _ControlPlane({ref: raw for ref, raw in given.items() if ref.kind in {"Node", "Pod"}}, topology, memory)
+    plane.nodes()
+    return plane.unplaceable()
 
 
 class _ControlPlane:
@@ -117,14 +124,30 @@ class _ControlPlane:
             for n in self.topology.nodes
             if (raw_node := self.objects.get(ObjectRef("Node", "", n.name)))
             and is_selected(selector, raw_node["metadata"]["labels"])
+            and (not raw_node["spec"].get("unschedulable") or (old is not None and old.node == n.name))
         ]
         if not fitting:
-            raise _wrong(ref, "spec.nodeSelector", f"no node has these labels: {selector}")
+            cordoned = ", or it takes no new pods" if any(self._cordoned()) else ""
+            raise _wrong(ref, "spec.nodeSelector", f"no node has these labels: {selector}{cordoned}")
         if old is not None and any(n.name == old.node for n in fitting):
             return next(n for n in fitting if n.name == old.node)
         best = min(fitting, key=lambda n: load[n.name])
         load[best.name] += 1
         return best
+
+    def _cordoned(self) -> Iterator[str]:
+        return (ref.name for ref, raw in self.objects.items() if ref.kind == "Node" and raw["spec"].get("unschedulable"))
+
+    def unplaceable(self) -> dict[ObjectRef, str]:
+        """Return why pods cannot be placed, each by itself."""
+        found = {}
+        for ref, raw in self._of("Pod"):
+            place = self.memory.pods.get(f"{ref.namespace}/{ref.name}")
+            try:
+                self._schedule(ref, raw, place, Counter())
+            except LabInputError as error:
+                found[ref] = str(error)
+        return found
 
     def _addresses(self, node: LabNode, old: PodPlace | None, taken: set[str]) -> list[str]:
         """Return the pod's addresses as they were if it stayed on its node, else new ones."""
@@ -237,6 +260,11 @@ class _ControlPlane:
             ref = ObjectRef("Namespace", "", name)
             raw = self.objects.setdefault(ref, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
             raw["metadata"]["labels"] = {**(raw["metadata"].get("labels") or {}), "kubernetes.io/metadata.name": name}
+
+
+def is_own(raw: Raw) -> bool:
+    """Whether an object was made by ``complete``, or of what it made, and not given."""
+    return (raw["metadata"].get("annotations") or {}).items() >= MADE_BY.items()
 
 
 # -- single objects --------------------------------------------------------------------------------------------------

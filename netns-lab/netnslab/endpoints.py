@@ -12,10 +12,17 @@ from collections.abc import Iterable, Mapping
 from ipaddress import ip_address
 from typing import NamedTuple
 
+import msgspec
+
+from clusterstate.objects import EndpointSlice
+from clusterstate.parse import parse_object
+from clusterstate.print import print_object
 from netnslab.given import Raw
 
 LARGEST = 100
-MANAGED_BY = "endpointslice-controller.k8s.io"
+MANAGED_BY, MIRRORED_BY = "endpointslice-controller.k8s.io", "endpointslicemirroring-controller.k8s.io"
+MADE_BY = {"nodeplane.dev/made-by": "netns-lab"}
+"""The annotation of what the lab's control plane made: it may take it away again."""
 SERVICE_LABEL = "kubernetes.io/service-name"
 
 
@@ -120,8 +127,43 @@ def _slice(metadata: Raw, family: int, number: int, ports: Iterable[ResolvedPort
     return {
         "apiVersion": "discovery.k8s.io/v1",
         "kind": "EndpointSlice",
-        "metadata": {"name": name, "namespace": metadata["namespace"], "labels": labels},
+        "metadata": {"name": name, "namespace": metadata["namespace"], "labels": labels, "annotations": dict(MADE_BY)},
         "addressType": f"IPv{family}",
         "endpoints": sorted(endpoints, key=lambda e: str(e["targetRef"]["name"])),
         "ports": [{"name": p.name, "protocol": p.protocol, "port": p.port} for p in ports],
     }
+
+
+# -- Endpoints, the older form -----------------------------------------------------------------------------------------
+
+
+def endpoints_for(service: Raw, slices: Iterable[Raw]) -> Raw:
+    """Return the Endpoints object of a Service's slices: `kubectl get endpoints`. Of the Service's first family, as ever."""
+    metadata = service["metadata"]
+    subsets = []
+    for one in slices:
+        if one["addressType"] != service["spec"]["ipFamilies"][0] or not one["endpoints"]:
+            continue
+        subset: Raw = {}
+        for field, ready in (("addresses", True), ("notReadyAddresses", False)):
+            found = [e for e in one["endpoints"] if e["conditions"]["ready"] is ready]
+            if found:
+                subset[field] = [
+                    {"ip": e["addresses"][0], "nodeName": e["nodeName"], "targetRef": e["targetRef"]} for e in found
+                ]
+        subsets.append({**subset, "ports": one["ports"]})
+    labels = {"endpoints.kubernetes.io/managed-by": "endpoint-controller"}
+    about = {"name": metadata["name"], "namespace": metadata["namespace"], "labels": labels, "annotations": dict(MADE_BY)}
+    return {"apiVersion": "v1", "kind": "Endpoints", "metadata": about, "subsets": subsets}
+
+
+def mirrored_slices(endpoints: Raw) -> list[Raw]:
+    """Return the slices of an Endpoints object that somebody gave, as the mirroring controller makes them."""
+    made = [one for one in parse_object(endpoints, "").objects if isinstance(one, EndpointSlice)]
+    found = []
+    for number, one in enumerate(made, 1):
+        name = f"{one.service}-mirrored-{number}"
+        labels = {**one.labels, SERVICE_LABEL: one.service, "endpointslice.kubernetes.io/managed-by": MIRRORED_BY}
+        raw = print_object(msgspec.structs.replace(one, name=name, labels=labels, mirrored=False))
+        found.append({**raw, "metadata": {**raw["metadata"], "annotations": dict(MADE_BY)}})
+    return found

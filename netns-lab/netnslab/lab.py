@@ -9,7 +9,9 @@ Plans come from ``controlplane``; this module only puts them into effect. What i
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -18,25 +20,29 @@ from clusterstate.parse import parse_object
 from kernelstate.linux import netns
 from netnslab import agents, answering, attaching, names, node_cgroups, processes, wiring
 from netnslab import state as states
+from netnslab.api import remote
 from netnslab.controlplane import complete
 from netnslab.errors import LabError, LabInputError
 from netnslab.given import Given, Raw, reference
 from netnslab.memory import Memory
-from netnslab.state import LabPod, LabState, write_file
+from netnslab.state import GENERATION, LabPod, LabState, write_file
 from netnslab.topology import Topology
 
 Say = Callable[[str], None]
 SYNC_SECONDS = 120.0
-GENERATION = ".generation"
 
 
-def up(name: str, topology: Topology, given: Given, say: Say, *, timeout: float = SYNC_SECONDS) -> LabState:
+def up(name: str, topology: Topology, given: Given, say: Say, *, timeout: float = SYNC_SECONDS, api: bool = False) -> LabState:
     """Bring up a lab and return once every node is in sync. What fails, or is interrupted, leaves nothing behind.
+
+    With ``api`` the agents follow an API server of the lab's own, else files.
 
     Raises LabInputError before anything is made, LabError when the work failed.
     """
     for node in topology.nodes:
         agents.node_config(topology, node.name)
+    if api:
+        given = remote.with_kubernetes(given, topology)
     state = LabState(names.check_lab_name(name), topology, list(given.values()))
     objects = plan_pods(state, given)
     states.refuse_second(name)
@@ -45,7 +51,7 @@ def up(name: str, topology: Topology, given: Given, say: Say, *, timeout: float 
     with states.locked(name):
         try:
             state.save()
-            _make(state, objects, say, timeout)
+            _make(state, objects, say, timeout, api=api)
         except BaseException:
             say("taking down what was made")
             _take_down(name, state, lambda _: None)
@@ -60,7 +66,7 @@ def _refuse_taken(wanted: Iterable[str]) -> None:
         raise LabError(f"network namespace {taken[0]} exists already and is not this lab's")
 
 
-def _make(state: LabState, objects: Given, say: Say, timeout: float) -> None:
+def _make(state: LabState, objects: Given, say: Say, timeout: float, *, api: bool) -> None:
     for node in state.topology.nodes:
         agents.node_view(state, node.name).make()
     node_cgroups.make(state.name, [n.name for n in state.topology.nodes])
@@ -69,6 +75,9 @@ def _make(state: LabState, objects: Given, say: Say, timeout: float) -> None:
     say(f"{len(state.topology.nodes)} nodes on {segments}, a router, an external client")
     wiring.make_fixed(state)
     _publish(state, objects)
+    if api:
+        say("an API server")
+        remote.start(state)
     say(f"{len(state.topology.nodes)} agents starting")
     started = agents.start(state, [n.name for n in state.topology.nodes])
     say(f"{len(state.pods)} pods to attach")
@@ -103,6 +112,10 @@ class Change(msgspec.Struct):
 
 def apply(name: str, objects: Given) -> Change:
     """Create or replace objects. Raises LabInputError, and then nothing was changed."""
+    served = _loaded(name)
+    if served.api_port:
+        done = remote.apply(served, objects)
+        return Change(done.created, done.changed, warnings=done.warnings)
     with states.locked(name):
         state = _loaded(name)
         given = _given(state)
@@ -121,6 +134,10 @@ def apply(name: str, objects: Given) -> Change:
 
 def delete(name: str, refs: Iterable[ObjectRef]) -> Change:
     """Delete objects; with a Namespace what is in it, with a Node the pods on it."""
+    served = _loaded(name)
+    if served.api_port:
+        gone = remote.delete(served, refs)
+        return Change(deleted=gone.deleted, missing=gone.missing, warnings=gone.warnings)
     with states.locked(name):
         state = _loaded(name)
         given, change, memory = _given(state), Change(), _without(state.memory, [])
@@ -198,9 +215,17 @@ def _without(memory: Memory, revived: list[str]) -> Memory:
 
 
 def _put_into_effect(state: LabState, given: Given, memory: Memory, change: Change) -> None:
-    before, unfinished = {p.key: p for p in state.pods}, set(state.unfinished)
+    before = {p.key: p for p in state.pods}
     state.given = list(given.values())
     objects = plan_pods(state, given, memory)
+    change.warnings += _move_pods(state, before)
+    _publish(state, objects)
+
+
+def _move_pods(state: LabState, before: Mapping[str, LabPod]) -> list[str]:
+    """Take away and make pods, from what was to what the state says; return warnings, a line each."""
+    warnings: list[str] = []
+    unfinished = set(state.unfinished)
     _refuse_taken(p.netns for p in state.pods if p.key not in before and not p.host_network)
     wanted = list(state.pods)
     after = {p.key: p for p in wanted}
@@ -209,13 +234,13 @@ def _put_into_effect(state: LabState, given: Given, memory: Memory, change: Chan
     state.pods = [*wanted, *(p for p in gone if p not in wanted)]
     state.unfinished = sorted({p.key for p in (*gone, *new)})
     state.save()
-    change.warnings += answering.serve(state, [p for p in wanted if p not in new])
+    warnings += answering.serve(state, [p for p in wanted if p not in new])
     remove_pods(state, gone)
     attaching.make_pods(state, new)
-    change.warnings += answering.serve(state, wanted)
-    change.warnings += answering.start_commands(state, new)
+    warnings += answering.serve(state, wanted)
+    warnings += answering.start_commands(state, new)
     state.pods, state.unfinished = wanted, []
-    _publish(state, objects)
+    return warnings
 
 
 def _is_another(old: LabPod, new: LabPod) -> bool:
@@ -231,6 +256,37 @@ def remove_pods(state: LabState, pods: Iterable[LabPod]) -> None:
     if pods:
         answering.stop_pods(state, pods)
         attaching.remove_pods(state, pods)
+
+
+class Settled(NamedTuple):
+    """What became of given objects: all of them, complete; what was dealt out; and warnings, a line each."""
+
+    objects: Given
+    memory: Memory
+    warnings: list[str]
+
+
+def settle(name: str, given: Given, memory: Memory, claim: Callable[[LabState], None]) -> Settled:
+    """Let the lab's pods be those of the given objects: the kubelets' work, for the lab's API server.
+
+    ``claim`` is told the state before it is written. Raises LabInputError, and then nothing was changed, and LabError.
+    """
+    with states.locked(name):
+        state = _loaded(name)
+        before = {p.key: p for p in state.pods}
+        objects = plan_pods(state, given, memory)
+        claim(state)
+        warnings = _move_pods(state, before)
+        state.save()
+        return Settled(objects, state.memory, warnings)
+
+
+def await_told(name: str, version: int, seconds: float) -> None:
+    """Wait until every agent that runs has programmed a version of the lab's API server, or for some time."""
+    state = states.load(name)
+    state.generation = version
+    with contextlib.suppress(LabError):
+        agents.await_sync(state, seconds)
 
 
 # -- plans and objects -----------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def facts(state: LabState) -> dict[str, Any]:
             "netns": state.node_netns(names.EXTERNAL),
             "ip": wiring.external_addresses(state)[0].partition("/")[0],
         },
-        "kubeconfig": None,
+        "kubeconfig": str(state.kubeconfig) if state.kubeconfig else None,
     }
 
 

@@ -1,6 +1,7 @@
 """What a lab knows of itself, on disk: enough to take it down after anything, and to go on with it from another process.
 
     /run/nodeplane/labs/<lab>/
+        kubeconfig api/       with `lab up --api`: for people; its certificate, tokens and log
         state.json            below; replaced as a whole, and written *before* what it speaks of is made
         objects/              what the agents follow: one JSON object a file, then .generation
         logs/                 of pods that run a command
@@ -34,7 +35,7 @@ from netnslab.mounts import is_mount, release_netns_dir
 from netnslab.topology import Topology
 
 LABS = Path("/run/nodeplane/labs")
-STATE = "state.json"
+STATE, GENERATION = "state.json", ".generation"
 LOCK_SECONDS = 60.0
 
 
@@ -79,6 +80,8 @@ class LabState(msgspec.Struct):
     modes: dict[str, str] = {}
     """The service mode of nodes that were switched since the lab came up."""
     generation: int = 0
+    api_port: int = 0
+    """Where the lab's own API server listens, on the host's loopback; 0: there is none, agents follow files."""
     complete: bool = False
     """Whether ``lab up`` came to its end."""
 
@@ -116,6 +119,11 @@ class LabState(msgspec.Struct):
         """Return a pod by ``namespace/name``, or None."""
         return next((p for p in self.pods if p.key == key), None)
 
+    @property
+    def kubeconfig(self) -> Path | None:
+        """Return the kubeconfig for people; None where there is no API server."""
+        return self.root / "kubeconfig" if self.api_port else None
+
     def save(self) -> None:
         """Write the state; a reader sees the old one or this."""
         write_file(self.root / STATE, msgspec.json.encode(self))
@@ -131,12 +139,15 @@ def write_file(path: Path, data: bytes) -> None:
 def load(name: str) -> LabState:
     """Read a lab's state. Raises LabError when there is no such lab."""
     try:
-        return msgspec.json.decode((LABS / name / STATE).read_bytes(), type=LabState)
+        state = msgspec.json.decode((LABS / name / STATE).read_bytes(), type=LabState)
     except FileNotFoundError:
-        found = ", ".join(lab_names()) or "none is up"
-        raise LabError(f"there is no lab {name!r} (labs: {found}); `nodeplane lab up --name {name}` makes it") from None
+        there = ", ".join(lab_names()) or "none is up"
+        raise LabError(f"there is no lab {name!r} (labs: {there}); `nodeplane lab up --name {name}` makes it") from None
     except msgspec.DecodeError as error:
         raise LabError(f"{LABS / name / STATE}: is not a lab's state: {error}") from error
+    if state.api_port:  # counts on between two changes of pods
+        state.generation = max(state.generation, int((state.objects / GENERATION).read_text() or 0))
+    return state
 
 
 def lab_names() -> list[str]:
