@@ -114,18 +114,19 @@ def _follow(args: argparse.Namespace, config: NodeConfig, source: ClusterSource,
         while True:
             network = keeper if waits_for_network else None
             agent.run(lambda: bool(caught) or watch.is_due or _is_network_found(network), wake_read)  # noqa: B023 (called in here)
+            taken = len(caught)  # what comes from here on is for the next turn
             if set(caught) - {signal.SIGHUP}:
                 return
             notifier.reloading()
-            if caught or not watch.is_due:
-                why = "SIGHUP" if caught else "etcd says a network"
-                waits_for_network = waits_for_network and bool(caught)
+            if taken or not watch.is_due:
+                why = "SIGHUP" if taken else "etcd says a network"
+                waits_for_network = waits_for_network and bool(taken)
                 watch.seen()
                 agent.refuse(_start_anew(args, why))
             else:
                 watch.seen()
                 stated = _take_up(args, stated, agent, watchers)
-            caught.clear()
+            del caught[:taken]
     finally:
         notifier.stopping()
         for writer in writers:

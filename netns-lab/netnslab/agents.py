@@ -167,7 +167,7 @@ def await_sync(
 
     With ``started`` no agent may end meanwhile. Raises LabError after ``timeout`` seconds, saying who is late and why.
     """
-    nodes, end = [n.name for n in state.topology.nodes], time.monotonic() + timeout
+    nodes, end = [n.name for n in state.topology.nodes if not _is_cut_off(state, n.name)], time.monotonic() + timeout
     while True:
         found = {node: agent_status(state, node) for node in nodes}
         for node, process in (started or {}).items():
@@ -184,6 +184,11 @@ def await_sync(
             reasons = "; ".join(f"{node}: {_why_late(state, node, found[node][0])}" for node in late)
             raise LabError(f"not in sync after {timeout:g} s: {reasons}")
         time.sleep(POLL)  # bounded; a killed agent tells nobody, so a change of its file cannot be waited for alone
+
+
+def _is_cut_off(state: LabState, node: str) -> bool:
+    """Whether a node need not hear of changes: its Node object is gone, so perhaps it cannot reach the API server any more."""
+    return bool(state.api_port) and node in state.memory.removed_nodes
 
 
 def _why_late(state: LabState, node: str, status: Status | None) -> str:

@@ -13,6 +13,7 @@ from collections import Counter
 import patience
 import pytest
 import yaml
+from lab_source import up_options
 
 from kernelstate.errors import KernelStateError
 from kernelstate.linux import netns
@@ -121,7 +122,7 @@ class Lab:
 def shared():
     """One lab for the tests that leave it as they found it."""
     name = f"t{os.getpid() % 10000}{secrets.token_hex(2)}"
-    assert main(["lab", "up", "--name", name]) == 0
+    assert main(["lab", "up", "--name", name, *up_options()]) == 0
     yield Lab(name)
     assert main(["lab", "down", "--name", name]) == 0
 
@@ -138,10 +139,10 @@ def without_counters(lines):
 def test_flush_by_somebody_else(shared):
     """After `iptables -t nat -F` the rules are back in time; the filter table, which was right, keeps its counters."""
     shared.connect()
-    nat, filter_before = without_counters(shared.rules()), shared.rules("filter")
+    counted_before, filter_before = shared.rules(), shared.rules("filter")
     shared.iptables("-t", "nat", "-F")
-    assert len(shared.rules()) < len(nat)
-    eventually(lambda: without_counters(shared.rules()) == nat)
+    eventually(lambda: without_counters(shared.rules()) == without_counters(counted_before))
+    assert shared.rules() != counted_before, "rules that were flushed begin to count anew"
     assert shared.connect()
     counted = {line.split("] ")[1]: int(re.match(r"\[(\d+)", line)[1]) for line in shared.rules("filter")}
     for line in filter_before:
@@ -269,6 +270,8 @@ def test_udp_flow_to_a_removed_endpoint(shared, tmp_path):
 
 def test_bad_input_takes_nothing_down(shared):
     """Half-written files, wrong types and conflicts are reported by name; what was programmed stays and works."""
+    if shared.state.api_port:
+        pytest.skip("of files alone: an API server refuses such objects (test_kubeapi_source.py has one that does not)")
     objects = shared.state.objects
     before = without_counters(shared.rules())
     bad = {

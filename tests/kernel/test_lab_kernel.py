@@ -15,6 +15,7 @@ from typing import Any
 
 import patience
 import pytest
+from lab_source import SOURCES, up_options
 
 from kernelstate.linux import netns
 from netnslab import attaching, lab, plan, probe, processes, wiring
@@ -78,12 +79,12 @@ def name() -> Iterator[str]:
     nodeplane("lab", "down", "--name", name, check=False)
 
 
-@pytest.fixture(scope="module")
-def three() -> Iterator[str]:
-    """Bring up the default lab, for the tests that leave it as it is."""
+@pytest.fixture(scope="module", params=SOURCES)
+def three(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Bring up the default lab, for the tests that leave it as it is; its agents follow files, or an API server."""
     name = f"t{os.getpid()}-{secrets.token_hex(2)}"
     try:
-        nodeplane("lab", "up", "--name", name)
+        nodeplane("lab", "up", "--name", name, *up_options(request.param))
         yield name
     finally:
         nodeplane("lab", "down", "--name", name, check=False)
@@ -260,7 +261,7 @@ spec:
 
 def test_apply_and_delete(name: str, tmp_path: Path) -> None:
     """Objects come and go: a UDP Service answers, a command runs, and after the deletion nobody does."""
-    nodeplane("lab", "up", "--name", name)
+    nodeplane("lab", "up", "--name", name, *up_options())
     nodeplane("lab", "apply", "--name", name, "-f", "-", stdin=CHANGED)
     nodeplane("lab", "wait", "--name", name)
     found = status(name)
@@ -279,7 +280,7 @@ def test_apply_and_delete(name: str, tmp_path: Path) -> None:
 def test_down_leaves_nothing_after_kill_9_of_an_agent(name: str) -> None:
     """An agent that was killed is seen as dead, is not waited for, and hinders nobody in taking the lab down."""
     before = traces()
-    nodeplane("lab", "up", "--name", name)
+    nodeplane("lab", "up", "--name", name, *up_options())
     victim = status(name)["nodes"][1]["agent_pid"]
     os.kill(victim, signal.SIGKILL)
     assert until(lambda: processes.start_time(victim) is None)
@@ -297,7 +298,7 @@ def test_down_after_kill_9_of_up(name: str, stage: str) -> None:
     """`lab up`, killed at any stage, leaves a lab that `lab down` takes away whole."""
     before = traces()
     with subprocess.Popen(
-        [sys.executable, "-m", "nodeplane", "lab", "up", "--name", name], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "nodeplane", "lab", "up", "--name", name, *up_options()], stderr=subprocess.PIPE, text=True
     ) as up:
         assert up.stderr is not None
         while stage not in (line := up.stderr.readline()):
@@ -312,7 +313,7 @@ def test_down_after_kill_9_of_up(name: str, stage: str) -> None:
 def test_an_interrupted_up_takes_down_what_it_made(name: str) -> None:
     """Ctrl-C during `lab up` leaves nothing, without another command."""
     with subprocess.Popen(
-        [sys.executable, "-m", "nodeplane", "lab", "up", "--name", name], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "nodeplane", "lab", "up", "--name", name, *up_options()], stderr=subprocess.PIPE, text=True
     ) as up:
         assert up.stderr is not None
         while "agents starting" not in (line := up.stderr.readline()):
@@ -325,7 +326,7 @@ def test_an_interrupted_up_takes_down_what_it_made(name: str) -> None:
 
 def test_labs_side_by_side(name: str, three: str, tmp_path: Path) -> None:
     """A second lab with the same addresses works, and its end does not touch the first."""
-    nodeplane("lab", "up", "--name", name, "--topology", "two-segments")
+    nodeplane("lab", "up", "--name", name, "--topology", "two-segments", *up_options())
     asked = [{"from": "default/hostnames-1", "to": f"default/hostnames-{i}", "port": 9376} for i in (2, 3, 4)]
     assert [a["answered_by"] for a in try_out(name, tmp_path, *asked)] == [f"default/hostnames-{i}" for i in (2, 3, 4)]
     nodeplane("lab", "down", "--name", name)
@@ -335,7 +336,7 @@ def test_labs_side_by_side(name: str, three: str, tmp_path: Path) -> None:
 
 def test_host_gw_over_two_segments_is_said_not_to_work(name: str, tmp_path: Path) -> None:
     """With host-gw the agents name the nodes behind the router that they cannot reach; those on the segment are reached."""
-    up = nodeplane("lab", "up", "--name", name, "--topology", "two-segments", "--overlay", "host-gw")
+    up = nodeplane("lab", "up", "--name", name, "--topology", "two-segments", "--overlay", "host-gw", *up_options())
     assert "node-3" in up.stderr.partition("is up")[2]
     asked = [{"from": "default/hostnames-1", "to": f"default/hostnames-{i}", "port": 9376, "timeout": 0.5} for i in (2, 3, 4)]
     answers = try_out(name, tmp_path, *asked)
@@ -348,7 +349,7 @@ def test_labs_come_up_in_time(name: str, tmp_path: Path, nodes: int, pods: int, 
     file = tmp_path / "t.toml"
     file.write_text("".join(f'[[nodes]]\nname = "n{i}"\n' for i in range(nodes)) + f'[[pods]]\nname = "p"\nreplicas = {pods}\n')
     started = time.monotonic()
-    nodeplane("lab", "up", "--name", name, "--topology", str(file))
+    nodeplane("lab", "up", "--name", name, "--topology", str(file), *up_options())
     assert time.monotonic() - started < seconds
 
 
@@ -365,7 +366,12 @@ def test_demo() -> None:
 def test_scenario(script: Path) -> None:
     """Each scenario's script does what its README says, and checks it."""
     name = f"t{os.getpid()}-{secrets.token_hex(2)}"
-    env = {**os.environ, "LAB": name, "NODEPLANE": str(Path(sys.executable).parent / "nodeplane")}
+    env = {
+        **os.environ,
+        "LAB": name,
+        "LAB_OPTIONS": " ".join(up_options()),
+        "NODEPLANE": str(Path(sys.executable).parent / "nodeplane"),
+    }
     try:
         done = subprocess.run([str(script)], env=env, capture_output=True, text=True, timeout=LIMIT, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lab_source import up_options
 from policy_worlds import allowed
 
 from clusterstate.sources.files import load_objects
@@ -69,14 +70,15 @@ def nodeplane(*args: str, stdin: str | None = None) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module", params=["nftables", "iptables"])
+@pytest.fixture(scope="module", params=["nftables api", "iptables files"])
 def cluster(request, tmp_path_factory) -> Iterator[str]:
-    """Bring up three nodes with the nine pods, policies enforced through the one or the other."""
+    """Bring up three nodes with the nine pods; policies enforced through the one or the other, and said by a server or by files."""
+    mode, source = request.param.split()
     name = f"t{os.getpid()}-{secrets.token_hex(2)}"
     objects = tmp_path_factory.mktemp("policies") / "world.yaml"
     objects.write_text(WORLD)
     try:
-        nodeplane("up", "--name", name, "--policy", request.param, "--objects", str(objects))
+        nodeplane("up", "--name", name, "--policy", mode, "--objects", str(objects), *up_options(source))
         yield name
     finally:
         nodeplane("down", "--name", name)

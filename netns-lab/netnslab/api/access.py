@@ -1,5 +1,6 @@
 """Who may talk to the lab's API server, and how: its certificate, the tokens, the kubeconfigs.
 
+    lab        /run/nodeplane/labs/L/api/api.sock           `nodeplane lab`, without a token
     people     /run/nodeplane/labs/L/kubeconfig             https://127.0.0.1:PORT, on the host's loopback; may do everything
     agents     /run/nodeplane/kubeconfig in a node          https://ROUTER:6443, as the nodes reach it; may do what ``AGENT`` says
     pods       the Service default/kubernetes               the same address and token they are told
@@ -32,6 +33,11 @@ class Access(msgspec.Struct):
     """The files of a server's access, below the lab's directory."""
 
     folder: Path
+
+    @property
+    def socket(self) -> Path:
+        """The socket for `nodeplane lab`: from every network namespace, and for root alone."""
+        return self.folder / "api.sock"
 
     @property
     def kubeconfig(self) -> Path:

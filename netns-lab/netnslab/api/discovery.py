@@ -16,6 +16,9 @@ from netnslab.api.selectors import Raw
 VERSION = {"major": "1", "minor": "36", "gitVersion": "v1.36.0+nodeplane-lab", "platform": "linux/amd64"}
 """The Kubernetes whose behaviour the agents' source relies on."""
 VERBS = ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"]
+EMPTY_OPENAPI_V2 = b"\n\x032.0"
+"""An OpenAPI document of version 2 in protobuf that describes nothing: kubectl asks for it about kinds that are not served."""
+OPENAPI_V2 = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf"
 EVENTS = ("events.k8s.io", "v1")
 """Events are created there by those who use the newer form."""
 

@@ -26,7 +26,7 @@ from netnslab.api.registry import Registry
 from netnslab.api.selectors import Raw
 from netnslab.api.store import Change, Entry, Key
 from netnslab.api.workloads import End, Make, Set, steps
-from netnslab.controlplane import is_own, unplaceable
+from netnslab.controlplane import complete, is_own, unplaceable
 from netnslab.endpoints import SERVICE_LABEL, endpoints_for, mirrored_slices
 from netnslab.errors import LabError, LabInputError
 from netnslab.given import Given, reference
@@ -115,6 +115,7 @@ class Plane:
         if any(raw["metadata"]["deletionGracePeriodSeconds"] for raw in ending.values()):
             self._keep()
             await asyncio.to_thread(lab.await_told, self._name, self._store.version, TOLD)
+        self._schedule(given)
         unstarted = {ref: _unstarted(raw) for ref, raw in given.items()}
         settled = await asyncio.to_thread(lab.settle, self._name, unstarted, self._registry.memory, self._claim)
         self._registry.memory.pods, self._registry.memory.last = settled.memory.pods, settled.memory.last
@@ -155,6 +156,21 @@ class Plane:
                 self._store.replace(kind, key, {**step.raw, "metadata": {**metadata, "generation": generation}})
             case End():
                 self._registry.delete(kind, key, {})
+
+    def _schedule(self, given: Given) -> None:
+        """Say where pods go before they are made: a node's agent lets none start that it has not heard of."""
+        waiting = [ref for ref, raw in given.items() if ref.kind == "Pod" and not raw["spec"].get("nodeName")]
+        if not waiting:
+            return
+        unstarted = {ref: _unstarted(raw) for ref, raw in given.items()}
+        placed = complete(unstarted, self._registry.topology, self._registry.memory).objects
+        for ref in waiting:
+            raw, node = given[ref], placed[ref]["spec"]["nodeName"]
+            status = {"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "True"}]}
+            bound = {**raw, "spec": {**raw["spec"], "nodeName": node}, "status": status}
+            given[ref] = self._store.replace(POD, (ref.namespace, ref.name), bound).raw
+            self._registry.say(bound, "Scheduled", f"Successfully assigned {ref.namespace}/{ref.name} to {node}")
+        self._keep()
 
     def _namespaces(self) -> None:
         """Empty namespaces that are to go, and let go of those that are empty."""
@@ -216,8 +232,6 @@ class Plane:
             status = raw["status"]
             if "startTime" not in status and status.get("phase") == "Running":
                 raw = {**raw, "status": {**status, "startTime": self._stamp(), "qosClass": "BestEffort"}}
-            if not entry.raw["spec"].get("nodeName"):
-                self._registry.say(raw, "Scheduled", f"Successfully assigned {'/'.join(key)} to {raw['spec']['nodeName']}")
         self._store.replace(kind, key, raw)
 
     def _slices(self, objects: Given) -> None:
@@ -270,7 +284,8 @@ def _key(raw: Raw) -> Key:
 
 def _unstarted(raw: Raw) -> Raw:
     """Return a pod that waits without the word that it does: what the control plane then says of it is what it is."""
-    if raw["kind"] == "Pod" and not raw["spec"].get("nodeName") and "status" in raw:
+    status = raw.get("status") or {}
+    if raw["kind"] == "Pod" and status.get("phase") == "Pending" and not status.get("podIPs"):
         return {key: value for key, value in raw.items() if key != "status"}
     return raw
 

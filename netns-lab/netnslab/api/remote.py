@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from ipaddress import ip_address, ip_network
 from typing import Any
 
 import msgspec
 
 from clusterstate.objects import ObjectRef
-from clusterstate.sources.kubeclient import KubeClient
-from clusterstate.sources.reflector import ApiError
 from netnslab import processes
 from netnslab.api.access import ADMIN, AGENT, PORT, Access, node_addresses, node_server, server_names
 from netnslab.endpoints import SERVICE_LABEL
@@ -24,6 +26,7 @@ from netnslab.state import LabState, Process
 from netnslab.topology import Topology
 
 LABEL = "api server"
+ANSWER_SECONDS = 120.0
 
 
 class Answer(msgspec.Struct):
@@ -97,16 +100,21 @@ def settle(state: LabState) -> int:
 
 
 def _ask(state: LabState, word: str, body: Any) -> Answer:
+    connection = HTTPConnection("localhost", timeout=ANSWER_SECONDS)
     try:
-        client = KubeClient(access(state).kubeconfig, agent="nodeplane-lab")
-        return msgspec.json.decode(client.post(f"/lab/{word}", msgspec.json.encode(body)), type=Answer)
-    except ApiError as error:
-        if error.status in {400, 409, 422}:
-            raise LabInputError(str(error).partition(" ")[2]) from error
-        if error.status:
-            raise LabError(str(error).partition(" ")[2]) from error
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection.sock:
+            connection.sock.settimeout(ANSWER_SECONDS)
+            connection.sock.connect(str(access(state).socket))
+            connection.request("POST", f"/lab/{word}", msgspec.json.encode(body), {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            said = answer.read()
+    except (OSError, HTTPException) as error:
         again = f"python -m netnslab.api.server {state.name}"
         raise LabError(f"the API server of lab {state.name!r} does not answer ({error}); `{again}` starts it again") from error
+    if answer.status == HTTPStatus.OK:
+        return msgspec.json.decode(said, type=Answer)
+    words = str(msgspec.json.decode(said, type=dict[str, Any]).get("message"))
+    raise (LabInputError if answer.status in {400, 409, 422} else LabError)(words)
 
 
 # -- default/kubernetes ----------------------------------------------------------------------------------------------------

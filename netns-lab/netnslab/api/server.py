@@ -36,7 +36,7 @@ from kernelstate.linux import netns
 from netnslab import names
 from netnslab import state as states
 from netnslab.api import discovery, patch, protobuf
-from netnslab.api.access import PORT, Access, may
+from netnslab.api.access import ADMIN, PORT, Access, may
 from netnslab.api.events import core_event
 from netnslab.api.kinds import BY_NAME, BY_PATH, DEPLOYMENT, EVENT, NODE, POD, REPLICA_SET, Kind
 from netnslab.api.plane import Plane
@@ -148,6 +148,8 @@ class Server:
         found = discovery.document(request.path)
         if found is not None and request.method == "GET":
             return _json(found)
+        if request.path == "/openapi/v2":
+            return web.Response(body=discovery.EMPTY_OPENAPI_V2, headers={"Content-Type": discovery.OPENAPI_V2})
         if request.path.startswith("/lab/"):
             return await self._of_the_lab(request, who)
         if not request.path.startswith(("/api/", "/apis/")) or request.path.count("/") < (4 if request.path[4] == "s" else 3):
@@ -191,6 +193,8 @@ class Server:
                 return _json(self._registry.delete(target.kind, target.key, options))
 
     def _who(self, request: web.Request) -> str:
+        if request.transport is not None and isinstance(request.transport.get_extra_info("sockname"), str):
+            return ADMIN  # over the socket in a directory that is root's
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or token not in self._tokens:
             raise Refusal(401, "Unauthorized", "Unauthorized: the lab's kubeconfig has the token")
@@ -254,6 +258,7 @@ class Server:
         else:
             for change in self.store.changes(since):
                 watch.take(change)
+        watch.bookmark(self.store.version)
         seconds = min(int(query.get("timeoutSeconds") or LONGEST_WATCH), LONGEST_WATCH)
         response = web.StreamResponse(headers={"Content-Type": "application/json", "Cache-Control": "no-cache"})
         self._watches.add(watch)
@@ -308,7 +313,7 @@ class Server:
 
     async def _of_the_lab(self, request: web.Request, who: str) -> web.Response:
         """Apply or delete many objects at once, and wait until that is in effect; or only wait."""
-        if who != "admin" or request.method != "POST":
+        if who != ADMIN or request.method != "POST":
             raise Refusal(403, "Forbidden", f'User "{who}" cannot do this')
         body = await _body(request)
         created, changed, deleted, missing = list[ObjectRef](), list[ObjectRef](), list[ObjectRef](), list[ObjectRef]()
@@ -449,13 +454,15 @@ async def serve(name: str, ready: Callable[[int], None]) -> None:
     """Serve a lab until told to stop; ``ready`` is told the port on the host's loopback."""
     state = states.load(name)
     server = Server(state)
-    context = Access(state.root / "api").context()
+    access = Access(state.root / "api")
     runner = web.AppRunner(server.application(), access_log=None, handle_signals=False)
     await runner.setup()
     here = _listener("127.0.0.1", state.api_port)
     there = netns.call(state.node_netns(names.ROUTER), _listener, "", PORT)
     for sock in (here, there):
-        await web.SockSite(runner, sock, ssl_context=context, shutdown_timeout=0.5).start()
+        await web.SockSite(runner, sock, ssl_context=access.context(), shutdown_timeout=0.5).start()
+    access.socket.unlink(missing_ok=True)
+    await web.UnixSite(runner, str(access.socket), shutdown_timeout=0.5).start()
     ready(here.getsockname()[1])
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -16,7 +16,8 @@ from netnslab.api.kinds import Kind
 MODELS = {"Endpoints": "V1Endpoints", "Event": "CoreV1Event"}
 """Where a model is not called V1 and its kind."""
 LEFT_OUT = frozenset({"managedFields"})
-_HOLDER = re.compile(r"(list|dict)[\[(](?:str, ?)?(.+?)[\])]")
+_HOLDER = re.compile(r"([Ll]ist|[Dd]ict)[\[(](?:str, ?)?(.+?)[\])]")
+"""The client has written these types in more than one way."""
 
 
 def unknown_fields(kind: Kind, raw: Any) -> list[str]:
@@ -43,7 +44,7 @@ def _unknown(declared: str, value: Any, path: str) -> Iterator[str]:
         if isinstance(value, list):
             for i, one in enumerate(value):
                 yield from _unknown(inner, one, f"{path}[{i}]")
-        elif isinstance(value, dict) and holder[1] == "dict":
+        elif isinstance(value, dict) and holder[1].lower() == "dict":
             for key, one in value.items():
                 yield from _unknown(inner, one, f"{path}.{key}".removeprefix("."))
         return
