@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 
 import pytest
-from fake_api import SERVICES, FakeApi, node, service
+from fake_api import SERVICES, SLICES, FakeApi, node, service
 from patience import Patience
 
 from clusterstate.snapshot import Snapshot
@@ -305,6 +305,30 @@ def test_whatever_happens_it_ends_as_the_server_is(seed):
         wanted = {key.removeprefix("ns/") for key in api.objects[SERVICES]}
         api.put(SERVICES, service("last", "10.96.3.1"))
         assert names(until(source, lambda s: names(s) == wanted | {"last"})) >= stable
+
+
+def test_an_update_says_up_to_which_version_all_kinds_are_known():
+    """The generation is the least version of all kinds: a change alone does not move it, a bookmark of the other kind then does."""
+    api = FakeApi(33)
+    api.put(SERVICES, service("a", "10.96.0.1"))
+    with following(api, (*WANTED, Resource("EndpointSlice", SLICES))) as source:
+        first = source.load(SECONDS)
+        assert first.generation == str(api.version)
+        api.put(SERVICES, service("b", "10.96.0.2"))
+        generations = []
+
+        def told(wanted):
+            limit = Patience(SECONDS)
+            while wanted not in generations and not limit.over:
+                select.select([source], [], [], 0.2)
+                update = source.poll()
+                if update is not None:
+                    generations.append(update.generation)
+
+        until(source, lambda s: ("ns", "b") in s.services)
+        api.say(SLICES, api.bookmark(SLICES, {}))
+        told(str(api.version))
+        assert generations == [str(api.version)]
 
 
 def test_versions():

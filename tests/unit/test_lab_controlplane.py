@@ -10,7 +10,9 @@ import pytest
 
 from clusterstate.objects import ObjectRef
 from clusterstate.parse import parse_object
-from netnslab.controlplane import complete
+from netnslab.api.remote import with_kubernetes
+from netnslab.controlplane import complete, is_own, unplaceable
+from netnslab.endpoints import endpoints_for, mirrored_slices
 from netnslab.errors import LabInputError
 from netnslab.given import reference
 from netnslab.memory import Memory, free_cluster_ip, free_node_port, next_pod_ip
@@ -255,3 +257,67 @@ def test_ranges_run_out_with_a_clear_word() -> None:
         free_cluster_ip("10.0.0.0/27", taken)
     assert free_node_port(set()) == 30086
     assert free_node_port(set(range(30086, 32768))) == 30000
+
+
+# -- for an API server -------------------------------------------------------------------------------------------------
+
+
+def test_a_cordoned_node_takes_no_new_pods_and_keeps_those_it_has() -> None:
+    """A node that is unschedulable gets no new pod; one that it has stays with it."""
+    first = complete(given(pod("a"), pod("b")), topology(2), Memory())
+    closed = {"kind": "Node", "metadata": {"name": "node-1"}, "spec": {"unschedulable": True}}
+    done = complete(given(closed, pod("a"), pod("b"), pod("c"), pod("d")), topology(2), first.memory)
+    nodes = {name: find(done.objects, "Pod", name)["spec"]["nodeName"] for name in "abcd"}
+    assert nodes == {"a": "node-1", "b": "node-2", "c": "node-2", "d": "node-2"}
+
+
+def test_pods_that_fit_nowhere_are_named() -> None:
+    """Each pod without a node is told with its reason, and only those."""
+    asked = given(pod("a"), pod("b", spec={"nodeSelector": {"disk": "ssd"}}), pod("c", spec={"nodeName": "node-9"}))
+    found = unplaceable(asked, topology(2), Memory())
+    assert [ref.name for ref in found] == ["b", "c"]
+    assert "no node has these labels: {'disk': 'ssd'}" in found[ObjectRef("Pod", "default", "b")]
+    assert "must be a node of the lab (node-1, node-2), is 'node-9'" in found[ObjectRef("Pod", "default", "c")]
+
+
+def test_endpoints_are_the_older_form_of_slices() -> None:
+    """A Service's Endpoints object holds the addresses of its slices, ready and not, by their own pods; it counts as made."""
+    unready = {"conditions": [{"type": "Ready", "status": "False"}]}
+    done = complete(given(service(), pod("a"), pod("b", status=unready)), topology(), Memory())
+    slices = [raw for ref, raw in done.objects.items() if ref.kind == "EndpointSlice"]
+    found = endpoints_for(find(done.objects, "Service", "web"), slices)
+    (subset,) = found["subsets"]
+    assert [e["ip"] for e in subset["addresses"]] == ["10.244.1.2"]
+    assert [e["ip"] for e in subset["notReadyAddresses"]] == ["10.244.2.2"]
+    assert subset["ports"] == [{"name": "", "protocol": "TCP", "port": 8080}]
+    assert all(map(is_own, [found, *slices]))
+    assert parse_object(found, "").errors == ()
+
+
+def test_endpoints_that_are_given_are_mirrored() -> None:
+    """Slices made of a given Endpoints object mean what the object itself means to an agent that reads files."""
+    ports = [{"name": "http", "port": 80}]
+    subsets = [
+        {"addresses": [{"ip": "10.0.0.1"}], "notReadyAddresses": [{"ip": "10.0.0.2"}], "ports": ports},
+        {"addresses": [{"ip": "fd00::1"}], "ports": ports},
+    ]
+    raw = {"apiVersion": "v1", "kind": "Endpoints", "metadata": {"name": "ext", "namespace": "default"}, "subsets": subsets}
+    direct = parse_object(raw, "").objects
+    through = [one for made in mirrored_slices(raw) for one in parse_object(made, "").objects]
+    assert [(s.service, s.family, s.endpoints, s.ports) for s in through] == [
+        (s.service, s.family, s.endpoints, s.ports) for s in direct
+    ]
+    assert (
+        mirrored_slices({**raw, "metadata": {**raw["metadata"], "labels": {"endpointslice.kubernetes.io/skip-mirror": "true"}}})
+        == []
+    )
+
+
+def test_the_service_of_the_api_server() -> None:
+    """default/kubernetes has the first ClusterIP and the router behind it, unless somebody has its name or its address."""
+    found = with_kubernetes({}, topology())
+    done = complete(found, topology(), Memory()).objects
+    assert find(done, "Service", "kubernetes")["spec"]["clusterIP"] == "10.96.0.1"
+    assert find(done, "EndpointSlice", "kubernetes")["endpoints"][0]["addresses"] == ["192.168.50.1"]
+    for other in (service("kubernetes"), service("mine", clusterIP="10.96.0.1")):
+        assert with_kubernetes(given(other), topology()) == given(other)
