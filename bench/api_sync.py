@@ -2,8 +2,8 @@
 
     namespace of its own
       bench.api_server  --HTTP, loopback-->  nodeplane agent --kubeconfig  -->  the kernel's nftables, or iptables
-        every answer encoded                     a process as in production        seen from outside: what the kernel tells of commits
-        beforehand                                                                 (nftables), the number of entries (iptables)
+        the lab's own server                     a process as in production        seen from outside: what the kernel tells of commits
+        without a lab                                                              (nftables), the number of entries (iptables)
 
 The clock of a change starts when the server has handed the event to its socket, and ends when the kernel has it. A storm is over when
 the agent says so, and then the kernel is asked for every endpoint that it brought.
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench import cluster
+from bench.api_server import TOKEN
 from bench.kernel import may_use_kernel, own_namespace
 from bench.result import Options, Row, against, median, p95
 from bench.running import LONGEST, RunningAgent, configuration, running_agent
@@ -41,15 +42,20 @@ REST = 1.1
 """Seconds of quiet before a change that comes alone."""
 STORM = 1_000
 STORM_MS = 1_000
-IDLE = 60.0
-"""Seconds; a full comparison with the kernel, every half minute, is in it."""
+IDLE = 120.0
+"""Seconds; of 10,000 Services one full comparison with the kernel is in it, or two."""
 TABLE = TableKey(4, "nodeplane")
 MEASURED = ("nftables", "iptables")
 """Modes in which it can be seen from outside that the kernel has a change."""
 
 
-def measure(
-    options: Options, sizes: tuple[int, ...] = SIZES, changes: int = CHANGES, storm: int = STORM, idle: float = IDLE
+def measure(  # noqa: PLR0917 (the first are what a person names, the rest what a smoke run makes small)
+    options: Options,
+    sizes: tuple[int, ...] = SIZES,
+    changes: int = CHANGES,
+    storm: int = STORM,
+    idle: float = IDLE,
+    nodes: int = NODES,
 ) -> list[Row]:
     """Measure in each mode that can be, at each size. Raises Failed."""
     if not may_use_kernel():
@@ -61,6 +67,7 @@ def measure(
     for mode in modes:
         for services in (options.services,) if options.services else sizes:
             rows += _measure_one(mode, services, min(changes, services), min(storm, services), idle)
+        rows += _measure_nodes(mode, options.services or sizes[-1], nodes, changes)
     return rows
 
 
@@ -89,7 +96,7 @@ def _measure_one(mode: str, services: int, changes: int, storm: int, idle: float
     with tempfile.TemporaryDirectory(prefix="nodeplane-bench-") as directory, own_namespace() as namespace:
         root = Path(directory)
         netns.run(namespace, ["ip", "link", "set", "lo", "up"])
-        with _server(namespace, services) as server:
+        with _server(namespace, services, 1) as server:
             kubeconfig = _kubeconfig(root, server.port)
             started = time.monotonic()
             with running_agent(namespace, root, configuration(mode), kubeconfig=kubeconfig) as agent:
@@ -115,6 +122,48 @@ def _measure_one(mode: str, services: int, changes: int, storm: int, idle: float
                     row("afterwards", "peak RSS", agent.peak_rss(), "MB"),
                 ]
     return rows
+
+
+def _measure_nodes(mode: str, services: int, nodes: int, changes: int) -> list[Row]:
+    """Measure an agent that has the overlay besides, among so many nodes."""
+
+    def row(name: str, metric: str, value: float, unit: str) -> Row:
+        return Row(name, mode, {"services": services, "nodes": nodes}, metric, value, unit)
+
+    overlay = {"Network": "10.128.0.0/9", "Backend": {"Type": "vxlan"}}
+    with tempfile.TemporaryDirectory(prefix="nodeplane-bench-") as directory, own_namespace() as namespace:
+        root = Path(directory)
+        for words in (
+            "link set lo up",
+            "link add eth0 type veth peer name far0",
+            f"address add {cluster.node_address(1)}/22 dev eth0",
+            "link set eth0 up",
+            "link set far0 up",
+        ):
+            netns.run(namespace, ["ip", *words.split()])
+        with _server(namespace, services, nodes) as server:
+            kubeconfig, started = _kubeconfig(root, server.port), time.monotonic()
+            with running_agent(namespace, root, {**configuration(mode), "overlay": overlay}, kubeconfig=kubeconfig) as agent:
+
+                def peers(count: int) -> None:
+                    agent.wait(lambda: agent.is_synced(services) and agent.peers() == count, f"{count} peers")
+
+                peers(nodes - 1)
+                took = 1000 * (time.monotonic() - started)
+                rows = [row("first sync with nodes", "from start to kernel", took, "ms")]
+                joins = []
+                for _ in range(changes):
+                    for count in (nodes, nodes - 1):
+                        time.sleep(REST)
+                        at = server.order("node")
+                        peers(count)
+                        joins.append(1000 * (time.monotonic() - at))
+                return [
+                    *rows,
+                    row("node joins or leaves", "from event to status median", median(joins), "ms"),
+                    row("node joins or leaves", "from event to status p95", p95(joins), "ms"),
+                    row("afterwards with nodes", "peak RSS", agent.peak_rss(), "MB"),
+                ]
 
 
 def _changes(rig: _Rig, changes: int, rest: float) -> list[float]:
@@ -226,10 +275,10 @@ class _Server:
 
 
 @contextmanager
-def _server(namespace: str, services: int) -> Iterator[_Server]:
+def _server(namespace: str, services: int, nodes: int) -> Iterator[_Server]:
     process = netns.popen(
         namespace,
-        [sys.executable, "-m", "bench.api_server", str(services), str(NODES)],
+        [sys.executable, "-m", "bench.api_server", str(services), str(nodes)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -250,7 +299,7 @@ def _kubeconfig(root: Path, port: int) -> Path:
                 "apiVersion": "v1",
                 "kind": "Config",
                 "clusters": [{"name": "bench", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
-                "users": [{"name": "bench", "user": {}}],
+                "users": [{"name": "bench", "user": {"token": TOKEN}}],
                 "contexts": [{"name": "bench", "context": entry}],
                 "current-context": "bench",
             }

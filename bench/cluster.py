@@ -10,9 +10,10 @@ one object a file (what a lab, or a mirror of the API, keeps) or as one JSON Lis
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, ip_network
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +28,7 @@ ENDPOINTS = 3
 """Endpoints of a Service that nobody has touched."""
 CLUSTER_CIDR = "10.128.0.0/9"
 _SERVICES, _PODS = IPv4Address("10.96.0.1"), IPv4Address("10.128.0.1")
+_NODE_IPS, _NODE_PODS = IPv4Address("192.168.60.0"), IPv4Address("10.192.0.0")
 _ROOM = 8
 """Pod addresses set aside for a Service, so that one can grow without meeting the next."""
 
@@ -83,22 +85,43 @@ def endpoint_slice(index: int, endpoints: int = ENDPOINTS) -> Raw:
 
 
 def node(number: int) -> Raw:
-    """Return a Node, counted from 1."""
+    """Return a Node, counted from 1, as flannel leaves it."""
+    address = node_address(number)
+    annotations = {
+        "flannel.alpha.coreos.com/backend-type": "vxlan",
+        "flannel.alpha.coreos.com/backend-data": json.dumps(
+            {"VNI": 1, "VtepMAC": f"02:00:00:00:{number >> 8:02x}:{number & 255:02x}"}
+        ),
+        "flannel.alpha.coreos.com/kube-subnet-manager": "true",
+        "flannel.alpha.coreos.com/public-ip": address,
+    }
+    labels = {"topology.kubernetes.io/zone": f"zone-{number % 3}"}
+    cidr = str(ip_network((int(_NODE_PODS) + (number << 8), 24)))
     return {
         "apiVersion": "v1",
         "kind": "Node",
-        "metadata": {"name": f"node-{number}", "labels": {"topology.kubernetes.io/zone": f"zone-{number % 3}"}},
-        "spec": {},
-        "status": {"addresses": [{"type": "InternalIP", "address": f"192.168.60.{number}"}]},
+        "metadata": {"name": f"node-{number}", "labels": labels, "annotations": annotations},
+        "spec": {"podCIDR": cidr, "podCIDRs": [cidr]},
+        "status": {"addresses": [{"type": "InternalIP", "address": address}]},
     }
 
 
-def objects(services: int) -> Iterator[Raw]:
-    """Yield the whole cluster."""
-    yield from (node(number) for number in range(1, NODES + 1))
+def node_address(number: int) -> str:
+    """Return the address of a Node, counted from 1; all are in one subnet of 22 bits."""
+    return str(_NODE_IPS + number)
+
+
+def everything(services: int, nodes: int) -> Iterator[Raw]:
+    """Yield a cluster with any number of nodes."""
+    yield from (node(number) for number in range(1, nodes + 1))
     for index in range(services):
         yield service(index)
         yield endpoint_slice(index)
+
+
+def objects(services: int) -> Iterator[Raw]:
+    """Return the whole cluster."""
+    return everything(services, NODES)
 
 
 def write_list(path: Path, services: int) -> None:

@@ -59,6 +59,11 @@ class RunningAgent:
         status = read_status(self._root / "run/status.json")
         return status.endpoints if status else 0
 
+    def peers(self) -> int:
+        """Return how many other nodes its status names."""
+        status = read_status(self._root / "run/status.json")
+        return len(status.peers) if status else 0
+
     def last_sync(self) -> float:
         """Return when its status says it was last in sync, in seconds since the epoch."""
         status = read_status(self._root / "run/status.json")

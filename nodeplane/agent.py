@@ -44,7 +44,7 @@ BURST = 0.2
 """Seconds after which a burst is taken in whether it is over or not."""
 DRIFT_CHECK = 1.0
 """Seconds between two cheap looks for somebody else's changes."""
-VERIFY_SHARE = 100
+VERIFY_SHARE = 200
 """At least so many times as long as a full comparison took until the next one."""
 RESTS, LONGEST_REST = 4, 1.0
 """After a write the next waits so many times as long as that one took, and seconds at most, where no period is configured: a change is

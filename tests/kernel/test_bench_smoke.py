@@ -33,7 +33,7 @@ TINY = {
     "services-change": (services_change, {"changes": 2}, 4),
     "services-full": (services_full, {"repeats": 1}, 4),
     "lab-up": (lab_up, {"sizes": ((2, 2),)}, None),
-    "api-sync": (api_sync, {"changes": 1, "storm": 4, "idle": 0.1}, 4),
+    "api-sync": (api_sync, {"changes": 1, "storm": 4, "idle": 0.1, "nodes": 5}, 4),
     "drift-repair": (drift_repair, {"repeats": 1}, 4),
     "packet-cost": (packet_cost, {"rounds": 1, "budget": 1.0}, 4),
     "overlay": (overlay, {"rounds": 1, "times": overlay.Times(stream=60, flood=60, ping=200)}, None),

@@ -12,11 +12,11 @@ import yaml
 
 from netnslab.api.access import may
 from netnslab.api.events import core_event
+from netnslab.api.front import read_path
 from netnslab.api.kinds import DEPLOYMENT, EVENT, KINDS, NAMESPACE, NETWORK_POLICY, NODE, POD, SERVICE
 from netnslab.api.protobuf import decode
 from netnslab.api.refusal import Refusal
 from netnslab.api.registry import Registry
-from netnslab.api.server import read_path
 from netnslab.api.store import Store
 from netnslab.api.strict import unknown_fields
 from netnslab.api.table import COLUMNS, age, label_selector, table

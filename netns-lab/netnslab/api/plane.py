@@ -47,12 +47,12 @@ log = logging.getLogger("netnslab.api")
 class Plane:
     """The controllers. ``run`` is the server's task; ``settled`` waits until all that was written has taken effect."""
 
-    def __init__(
-        self, name: str, registry: Registry, folder: Path, told: Callable[[int], None], stamp: Callable[[], str]
-    ) -> None:
-        """``folder``: where objects are kept; ``told``: whom to say that a version is complete; ``stamp``: the time."""
+    def __init__(self, name: str, registry: Registry, folder: Path, stamp: Callable[[], str]) -> None:
+        """``folder``: where objects are kept; ``stamp``: the time."""
         self._name, self._registry, self._store = name, registry, registry.store
-        self._folder, self._told, self._stamp = folder, told, stamp
+        self._folder, self._stamp = folder, stamp
+        self.told: Callable[[int], None] = lambda _version: None
+        """Whom to say that a version is complete."""
         self._dirty: dict[tuple[Kind, Key], Entry | None] = {}
         self._wake = asyncio.Event()
         self._round = asyncio.Condition()
@@ -275,7 +275,7 @@ class Plane:
                 write_file(path, entry.encoded + b"\n")
         if dirty:
             write_file(self._folder / GENERATION, f"{version}\n".encode())
-        self._told(version)
+        self.told(version)
 
 
 def _key(raw: Raw) -> Key:
