@@ -13,10 +13,11 @@ import secrets
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import msgspec
 
-from kernelstate.linux import netns, nftables
+from kernelstate.linux import cgroups, netns, nftables
 from kernelstate.linux.iptables import IptablesPort
 from kernelstate.linux.ipvs import has_ipvs
 from nodeplane.commands import Failed
@@ -53,6 +54,35 @@ def place_for(mode: str) -> Iterator[None]:
         return
     with own_namespace() as name, netns.inside(name):
         yield
+
+
+@contextlib.contextmanager
+def own_cgroup(name: str) -> Iterator[Path]:
+    """Make a cgroup below the machine's root; programs that are left at it go with it. Raises Failed."""
+    found = cgroups.mounted()
+    if found is None:
+        raise Failed("mode ebpf needs cgroups of version 2")
+    path = found[0] / name
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        path.rmdir()
+
+
+@contextlib.contextmanager
+def inside_cgroup(cgroup: Path | None) -> Iterator[None]:
+    """Be in a cgroup for a while, as a pod's processes are."""
+    found = cgroups.mounted()
+    if cgroup is None or found is None:
+        yield
+        return
+    own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    (cgroup / "cgroup.procs").write_text("0")
+    try:
+        yield
+    finally:
+        (found[0] / own.lstrip("/") / "cgroup.procs").write_text("0")
 
 
 def modes_here(bench: str, modes: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from bench.ipvs_plots import DATAPATH_LOOKS, draw_ipvs
 from bench.overlay_plots import draw_attachment, draw_overlay
 from bench.policy_plots import draw_change, draw_connect, draw_verdict
 from bench.result import Result, Row, number
+from bench.sockets_plots import draw_service_connect, draw_sockets
 from bench.stages import STAGES
 
 BLUE, ORANGE, GREEN, RED, GREY = "#1f6fb4", "#e0812b", "#2f8f4e", "#b03030", "#8a8a8a"
@@ -289,7 +290,15 @@ def _cni_add(figure: Any, rows: Sequence[Row]) -> None:
 
 
 _BY_MODE = frozenset({"services-change", "services-full", "api-sync", "policy-change"})
-_INCHES = {"overlay": 9.0, "pod-attachment": 4.0, "policy-verdict": 7.0, "policy-connect": 4.0, "policy-change": 4.5}
+_INCHES = {
+    "overlay": 9.0,
+    "pod-attachment": 4.0,
+    "policy-verdict": 7.0,
+    "policy-connect": 4.0,
+    "service-connect": 4.0,
+    "services-sockets": 4.5,
+    "policy-change": 4.5,
+}
 """Height of a picture, where it is not 6."""
 
 _DRAWINGS: dict[str, Callable[[Any, Sequence[Row]], None]] = {
@@ -297,6 +306,8 @@ _DRAWINGS: dict[str, Callable[[Any, Sequence[Row]], None]] = {
     "services-full": _services_full,
     "lab-up": _lab_up,
     "api-sync": draw_api,
+    "service-connect": draw_service_connect,
+    "services-sockets": draw_sockets,
     "drift-repair": _drift_repair,
     "packet-cost": _packet_cost,
     "ipvs-in-vm": draw_ipvs,

@@ -13,6 +13,7 @@ import argparse
 import importlib
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +29,8 @@ BENCHMARKS: dict[str, str] = {
     "services-full": "bench.services_full",
     "lab-up": "bench.lab_up",
     "api-sync": "bench.api_sync",
+    "service-connect": "bench.service_connect",
+    "services-sockets": "bench.services_sockets",
     "drift-repair": "bench.drift_repair",
     "packet-cost": "bench.packet_cost",
     "ipvs-in-vm": "bench.ipvs_in_vm",
@@ -66,11 +69,12 @@ def run(args: argparse.Namespace) -> int:
     if args.name == PAGE:
         return _page(args.results)
     names = _names(args.name, args.services)
-    options = Options(services=args.services, modes=_modes(args.mode))
+    _modes(args.mode, names)
     results: list[Result] = []
     for name in names:
         print(f"{name}: measuring", file=sys.stderr)
         try:
+            options = Options(services=args.services, modes=_modes(args.mode, [name]))
             results.append(_measure(name, options, args))
         except Failed as error:
             if args.name in BENCHMARKS:
@@ -118,12 +122,16 @@ def _names(stated: str | None, services: int | None) -> list[str]:
 
 MODES = ("iptables", "ipvs", "nftables")
 """Modes that packets tell apart; what sockets are told in mode ``ebpf`` is met by no packet."""
+AT_SOCKETS = frozenset({"service-connect", "services-sockets"})
+"""Benchmarks that have mode ``ebpf`` as well."""
 
 
-def _modes(stated: str | None) -> tuple[str, ...]:
-    if stated is not None and stated not in MODES:
-        raise Usage(f"--mode: must be one of {', '.join(MODES)}, is {stated!r}")
-    return MODES if stated is None else (stated,)
+def _modes(stated: str | None, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the modes to measure. Raises Usage."""
+    modes = (*MODES, "ebpf") if AT_SOCKETS.issuperset(names) else MODES
+    if stated is not None and stated not in modes:
+        raise Usage(f"--mode: must be one of {', '.join(modes)}, is {stated!r}")
+    return modes if stated is None else (stated,)
 
 
 def _command(name: str, args: argparse.Namespace) -> str:

@@ -98,15 +98,19 @@ class RunningAgent:
 
 
 @contextmanager
-def running_agent(
+def running_agent(  # noqa: PLR0917 (the first three are what it is, the rest what some need)
     namespace: str,
     root: Path,
     config: Mapping[str, Any],
     environment: Mapping[str, str] | None = None,
     kubeconfig: Path | None = None,
+    cgroup: Path | None = None,
 ) -> Iterator[RunningAgent]:
-    """Run an agent while the body runs, over ROOT/objects or a kubeconfig's server; ``environment`` None is this process's."""
-    view = mounts.NodeView(root, root / "objects")
+    """Run an agent while the body runs, over ROOT/objects or a kubeconfig's server; ``environment`` None is this process's.
+
+    ``cgroup``: that of its pods' processes, which it sees at ``mounts.CGROUP``.
+    """
+    view = mounts.NodeView(root, root / "objects", cgroup)
     view.make()
     view.objects.mkdir(exist_ok=True)
     (root / "config.yaml").write_text(json.dumps(config))

@@ -147,13 +147,15 @@ class Layout:
             if pool is not None:
                 first = self._slots.take(len(pool.endpoints), now)
                 self._pools[number] = (pool, first)
-                moved.slots.update({codec.pack_index(first + i): end for i, end in enumerate(codec.pack_pool(pool))})
+                moved.slots.update(
+                    zip(map(codec.pack_index, range(first, first + len(pool.endpoints))), codec.pack_pool(pool), strict=True)
+                )
             if held is not None:
                 self._slots.leave(held[1], len(held[0].endpoints), now)
-            before = set(_members(number, held[0])) if held is not None else set()
-            after = set(_members(number, pool)) if pool is not None else set()
-            moved.joined.extend(sorted(after - before))
-            moved.left.extend(sorted(before - after))
+            before, after = _members(number, held[0] if held is not None else None), _members(number, pool)
+            if before or after:
+                moved.joined.extend(sorted(after - before))
+                moved.left.extend(sorted(before - after))
         self._members += len(moved.joined) - len(moved.left)
         return moved
 
@@ -197,8 +199,11 @@ class _Moved(NamedTuple):
     left: list[bytes]
 
 
-def _members(number: int, pool: Pool) -> Iterable[bytes]:
-    return (codec.pack_member(number, end) for end in codec.pack_pool(pool)) if pool.remembers else ()
+def _members(number: int, pool: Pool | None) -> frozenset[bytes]:
+    """Return the members of a pool that remembers; of another there are none."""
+    if pool is None or not pool.remembers:
+        return frozenset()
+    return frozenset(codec.pack_member(number, end) for end in codec.pack_pool(pool))
 
 
 def _own(tables: SocketTables) -> dict[bytes, bytes]:

@@ -21,7 +21,8 @@ REFUSES = 1
 _MAPPED = bytes(10) + b"\xff\xff"
 _PROTOCOLS: dict[SocketProtocol, int] = {"tcp": 6, "udp": 17}
 _PROTOCOL_NAMES: dict[int, SocketProtocol] = {number: name for name, number in _PROTOCOLS.items()}
-_END = struct.Struct("!16sHBx")
+_END, _END4 = struct.Struct("!16sHBx"), struct.Struct("!QIIHBx")
+"""The second: one of IPv4, by numbers alone."""
 _SERVICE = struct.Struct("=QIIIBBxx")
 _MEMBER = struct.Struct("=Q20sxxxx")
 _SETTINGS = struct.Struct("=8sQ")
@@ -64,6 +65,8 @@ def pack_end(family: Family, protocol: SocketProtocol, address: int, port: int) 
 def pack_frontend(frontend: SocketFrontend) -> bytes:
     """Pack the key of a frontend. The address of NodePorts is 0 in both families."""
     assert NODE_PORT == 0
+    if frontend.family == 4:
+        return _END4.pack(0, 0xFFFF, frontend.address, frontend.port, _PROTOCOLS[frontend.protocol])
     return pack_end(frontend.family, frontend.protocol, frontend.address, frontend.port)
 
 
@@ -110,7 +113,8 @@ def pack_pool(pool: Pool) -> list[bytes]:
     """Pack what the slots of a pool hold."""
     number = _PROTOCOLS[pool.protocol]
     if pool.family == 4:
-        return [_END.pack(_MAPPED + address.to_bytes(4, "big"), port, number) for address, port in pool.endpoints]
+        pack = _END4.pack
+        return [pack(0, 0xFFFF, address, port, number) for address, port in pool.endpoints]
     return [_END.pack(address.to_bytes(16, "big"), port, number) for address, port in pool.endpoints]
 
 

@@ -159,11 +159,12 @@ class Map(Descriptor):
 
     def update(self, entries: Mapping[bytes, bytes]) -> None:
         """Add and replace. Raises KernelRefusedError; some may then be written."""
-        items = list(entries.items())
-        for start in range(0, len(items), BATCH):
-            part = items[start : start + BATCH]
-            keys, values = b"".join(k for k, _ in part), b"".join(v for _, v in part)
-            number = ctypes.c_uint32(len(part))
+        all_keys, all_values = b"".join(entries), b"".join(entries.values())
+        for start in range(0, len(entries), BATCH):
+            end = min(start + BATCH, len(entries))
+            keys = all_keys[start * self.key_size : end * self.key_size]
+            values = all_values[start * self.value_size : end * self.value_size]
+            number = ctypes.c_uint32(end - start)
             done = library().bpf_map_update_batch(self.fd, keys, values, ctypes.byref(number), ctypes.byref(_BatchOptions()))
             check(done, "write map", self.name)
 

@@ -21,10 +21,12 @@ from bench import (
     policy_change,
     policy_connect,
     policy_verdict,
+    service_connect,
     services_change,
     services_full,
+    services_sockets,
 )
-from bench.run import BENCHMARKS, run
+from bench.run import AT_SOCKETS, BENCHMARKS, run
 from kernelstate.linux import netns
 
 pytestmark = pytest.mark.kernel
@@ -34,6 +36,8 @@ TINY = {
     "services-full": (services_full, {"repeats": 1}, 4),
     "lab-up": (lab_up, {"sizes": ((2, 2),)}, None),
     "api-sync": (api_sync, {"changes": 1, "storm": 4, "idle": 0.1, "nodes": 5}, 4),
+    "service-connect": (service_connect, {"rounds": 1, "connects": 5}, 4),
+    "services-sockets": (services_sockets, {"changes": 2, "repeats": 1}, 4),
     "drift-repair": (drift_repair, {"repeats": 1}, 4),
     "packet-cost": (packet_cost, {"rounds": 1, "budget": 1.0}, 4),
     "overlay": (overlay, {"rounds": 1, "times": overlay.Times(stream=60, flood=60, ping=200)}, None),
@@ -56,7 +60,8 @@ def test_benchmark_runs(name, tmp_path, monkeypatch, capsys):
     module, size, services = TINY[name]
     monkeypatch.setattr(module, "measure", partial(module.measure, **size))
     before = set(netns.names())
-    args = argparse.Namespace(name=name, services=services, mode="iptables", results=tmp_path, output="json")
+    mode = "ebpf" if name in AT_SOCKETS else "iptables"
+    args = argparse.Namespace(name=name, services=services, mode=mode, results=tmp_path, output="json")
     assert run(args) == 0
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads((tmp_path / f"{name}.json").read_bytes())
