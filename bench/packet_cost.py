@@ -9,6 +9,7 @@
     conntrack            one rule that looks at the connection's state: what tracking connections costs anybody
     iptables flat        KUBE-SERVICES as one list, as kube-proxy has it (dispatchAbove: 0)
     iptables, ipvs, nftables     as the agent programs them unless told otherwise
+    ebpf                         rules as with nftables, and the short lane for open connections: both links are marked as pods'
 
 Each datapath and size is a node of its own (``injection.py``), programmed by the real agent, which has ended before anything is
 measured. All of them exist at the same time and are measured in turn, round after round; a figure is the minimum of the rounds.
@@ -36,10 +37,12 @@ from bench.kernel import may_use_kernel
 from bench.result import Options, Row, against, median
 from bench.running import configuration, running_agent
 from kernelstate.errors import KernelStateError
-from kernelstate.linux import netns, nftables, sysctl
+from kernelstate.linux import bpf_lane, netns, nftables, sysctl
 from kernelstate.linux.iptables import IptablesPort, is_available
 from kernelstate.linux.ipvs import has_ipvs
+from kernelstate.linux.pod_link import ALIAS
 from nodeplane.commands import Failed
+from nodeplane.host_kernel import FORWARDER
 
 SIZES = (10, 1_000, 10_000, 50_000)
 ROUNDS = 5
@@ -69,6 +72,7 @@ DATAPATHS = (
     Datapath("iptables", "iptables"),
     Datapath("ipvs", "ipvs"),
     Datapath("nftables", "nftables"),
+    Datapath("ebpf", "ebpf"),
 )
 
 
@@ -103,7 +107,9 @@ def measure(options: Options, rounds: int = ROUNDS, budget: float = BUDGET, size
 
 def _modes_here(modes: Sequence[str]) -> list[str]:
     """Leave out, and name, what this kernel does not have. Raises Failed when nothing is left."""
-    has = {"iptables": is_available("legacy"), "ipvs": has_ipvs(), "nftables": nftables.is_available()}
+    tables = nftables.is_available()
+    lane = tables and not bpf_lane.unloadable(FORWARDER.parent)
+    has = {"iptables": is_available("legacy"), "ipvs": has_ipvs(), "nftables": tables, "ebpf": lane}
     lacking = [mode for mode in modes if not has[mode]]
     if len(lacking) == len(modes):
         raise Failed(f"packet-cost: this kernel has no {' and no '.join(lacking)}")
@@ -133,6 +139,9 @@ def open_lane(undo: contextlib.ExitStack, injector: Injector, datapath: Datapath
     """Make a node, and load the rules of a datapath without a mode."""
     address = cluster.node(1)["status"]["addresses"][0]["address"]
     lane = Lane(datapath, services, undo.enter_context(open_road(injector, f"{address}/32")))
+    if datapath.mode == "ebpf":
+        for link in ("in", "out"):
+            netns.run(lane.road.node, ["ip", "link", "set", link, "alias", f"{ALIAS}/bench/{link}/eth0"])
     if datapath.rules:
         with netns.inside(lane.road.node):
             IptablesPort("legacy").apply(4, datapath.rules)

@@ -121,14 +121,14 @@ def _names(stated: str | None, services: int | None) -> list[str]:
 
 
 MODES = ("iptables", "ipvs", "nftables")
-"""Modes that packets tell apart; what sockets are told in mode ``ebpf`` is met by no packet."""
-AT_SOCKETS = frozenset({"service-connect", "services-sockets"})
+"""Modes that everything is measured in; ``ebpf`` has the rules of ``nftables`` beneath."""
+WITH_EBPF = frozenset({"packet-cost", "service-connect", "services-sockets"})
 """Benchmarks that have mode ``ebpf`` as well."""
 
 
 def _modes(stated: str | None, names: Sequence[str]) -> tuple[str, ...]:
     """Return the modes to measure. Raises Usage."""
-    modes = (*MODES, "ebpf") if AT_SOCKETS.issuperset(names) else MODES
+    modes = (*MODES, "ebpf") if WITH_EBPF.issuperset(names) else MODES
     if stated is not None and stated not in modes:
         raise Usage(f"--mode: must be one of {', '.join(modes)}, is {stated!r}")
     return modes if stated is None else (stated,)

@@ -21,3 +21,4 @@ class Feature(StrEnum):
     TUNNEL_PROGRAMS = "udp tunnel in the kernel"
     SOURCE_GUARD = "source guard"
     SOCKET_PROGRAMS = "programs at sockets"
+    SHORT_LANE = "short lane"

@@ -179,6 +179,8 @@ class Agent:
                 self.gate.settle(self._update.snapshot)
         elif self.gate is not None and refused:
             self.gate.fail(refused[0])
+        if any(report.changed for report in reports):
+            reports.append(self.kernel.renew())
         errors = (*self._host_errors, *(e for r in reports for e in r.errors), *self._open_health_ports())
         written = [f"{r.changed} in {r.part}" for r in reports if r.changed]
         if written:

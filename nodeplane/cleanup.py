@@ -25,6 +25,7 @@ from nodeplane.host_kernel import (
     overlay_tables,
     policy_sets,
     policy_tables,
+    short_lane,
     tunnel_programs,
 )
 from nodeplane.kept_objects import OBJECTS_FILE
@@ -75,6 +76,9 @@ def _reconcilers() -> Iterator[Reconciler]:
             yield NetfilterReconciler(IptablesPort(variant), OWNERSHIP, families())
     yield from other_modes("", None)
     yield from leftovers_of_sockets()
+    lane, _ = short_lane()
+    if lane is not None:
+        yield lane
     yield overlay_tables()
     yield policy_tables()
     with contextlib.suppress(MissingFeatureError):

@@ -160,6 +160,7 @@ class ServiceOptions(Strict, frozen=True):
     flows_to_removed_endpoints: FlowFate = "keep"
     drain_time: str | None = None
     cgroup: str = ""
+    short_lane: bool = True
 
 
 class NodeConfig(msgspec.Struct, frozen=True):
@@ -181,6 +182,8 @@ class NodeConfig(msgspec.Struct, frozen=True):
     iptables_variant: Literal["auto", "legacy", "nft"] = "auto"
     cgroup: str = ""
     """Mode ``ebpf``: the cgroup of version 2 whose processes are the node's and its pods'; empty: all of the machine's."""
+    short_lane: bool = False
+    """Mode ``ebpf``: whether packets of open connections go from link to link without meeting the rules again."""
     kubeconfig: str = ""
     """The file that says how to reach the API server, where the command line does not."""
     servers: ServerOptions = ServerOptions()
@@ -259,6 +262,7 @@ def _build(raw: Mapping[str, Any], section: ServicesSection, at: str, node_name:
         policy_log=policy_log,
         iptables_variant=variant,
         cgroup=_cgroup(options.cgroup, mode),
+        short_lane=options.short_lane and mode == "ebpf",
         kubeconfig=section.client_connection.kubeconfig,
         servers=read_servers(section, at),
         conntrack=read_conntrack(section.conntrack, at),

@@ -217,6 +217,8 @@ def build_agent(
         log.info("overlay.sourceCheck: sources of packets from other nodes are not checked: %s", host.unguarded)
     if host.unasked:
         log.info("sockets are not told of Services, packets meet nftables: %s", host.unasked)
+    if host.laneless:
+        log.info("packets of open connections take no short lane: %s", host.laneless)
     if host.engine is not None:
         log.info("overlay udp: packets are wrapped by the %s engine (%s)", host.engine.engine, host.engine.reason)
     status = Status(
@@ -232,6 +234,7 @@ def build_agent(
         engine_reason=host.engine.reason if host.engine else "",
         unguarded=host.unguarded,
         unasked=host.unasked,
+        laneless=host.laneless,
     )
     agent = Agent(
         pipeline=Pipeline(config),

@@ -36,6 +36,7 @@ from proxy.settings import ProxySettings
 
 if TYPE_CHECKING:
     from kernelstate.reconcile_ebpf import SocketReconciler
+    from kernelstate.reconcile_lane import LaneReconciler
     from kernelstate.reconcile_sets import IpsetReconciler
     from kernelstate.reconcile_tunnel import TunnelReconciler
 
@@ -61,6 +62,8 @@ class HostKernel(msgspec.Struct, frozen=True):
     """Why sources of packets are not checked though they should be."""
     unasked: str = ""
     """Why sockets are not told of Services though they should be."""
+    laneless: str = ""
+    """Why packets of open connections take no short lane though they should."""
 
 
 def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | None = None) -> HostKernel:
@@ -72,6 +75,7 @@ def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | Non
     links = LinuxLinks() if config.overlay else None
     nftables = _nftables() if config.mode in THROUGH_NFTABLES else None
     sockets, unasked = _sockets(config) if config.mode == "ebpf" else (None, "")
+    lane, laneless = short_lane(only_loadable=True) if config.short_lane else (None, "")
     tables = overlay_tables() if config.overlay and config.overlay.net_conf.nftables else None
     policies: NftablesReconciler | IpsetReconciler | None = None
     if config.policy:
@@ -105,11 +109,13 @@ def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | Non
         nftables=nftables,
         ipvs=ipvs,
         sockets=sockets,
+        lane=lane,
         families=families(),
         retired=[
             *_other_variants(variant),
             *other_modes(config.mode, config.services),
             *(leftovers_of_sockets() if sockets is None else []),
+            *([left] if lane is None and (left := short_lane()[0]) is not None else []),
             *([overlay_tables()] if is_known and tables is None else []),
             *([policy_tables()] if config.policy != "nftables" else []),
             *(_leftovers_of_sets() if config.policy != "iptables" else []),
@@ -117,7 +123,7 @@ def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | Non
             *([programs] if programs is not None and tunnel is None else []),
         ],
     )
-    return HostKernel(kernel, variant, reason, tuple(watched), engine, unguarded, unasked)
+    return HostKernel(kernel, variant, reason, tuple(watched), engine, unguarded, unasked, laneless)
 
 
 def tunnel_programs() -> TunnelReconciler | None:
@@ -218,6 +224,19 @@ def _sockets(config: NodeConfig) -> tuple[SocketReconciler | None, str]:
         return None, str(error)
     why = unloadable(BUILT)
     return (None, why) if why else (SocketReconciler(port, time.monotonic), "")
+
+
+def short_lane(*, only_loadable: bool = False) -> tuple[LaneReconciler | None, str]:
+    """Return what keeps the short lane's programs, or why there cannot be any; ``only_loadable``: the kernel is asked."""
+    from kernelstate.linux.bpf_lane import LinuxLane, unloadable  # noqa: PLC0415
+    from kernelstate.reconcile_lane import LaneReconciler  # noqa: PLC0415
+
+    try:
+        port = LinuxLane(BUILT)
+    except MissingFeatureError as error:
+        return None, str(error)
+    why = unloadable(BUILT) if only_loadable else ""
+    return (None, why) if why else (LaneReconciler(port), "")
 
 
 def leftovers_of_sockets() -> list[Reconciler]:

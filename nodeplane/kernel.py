@@ -4,7 +4,7 @@ Whoever is asked first must be there first: tables and servers before the rules 
 
     mode iptables    policies, links, tunnel, packet filter
     mode nftables    policies, links, tunnel, nftables, packet filter
-    mode ebpf        policies, links, tunnel, nftables, programs at sockets, packet filter
+    mode ebpf        policies, links, tunnel, nftables, programs at sockets, packet filter, short lane
     mode ipvs        policies, links, tunnel, sets, virtual servers, addresses of kube-ipvs0, packet filter
 
 Policies are a table of nftables, or sets that rules of the packet filter ask.
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from kernelstate.reconcile_addresses import AddressReconciler
     from kernelstate.reconcile_ebpf import SocketReconciler
     from kernelstate.reconcile_ipvs import IpvsReconciler
+    from kernelstate.reconcile_lane import LaneReconciler
     from kernelstate.reconcile_sets import IpsetReconciler
     from kernelstate.reconcile_tunnel import TunnelReconciler
 
@@ -84,12 +85,14 @@ class NodeKernel:
         nftables: NftablesReconciler | None = None,
         ipvs: IpvsParts | None = None,
         sockets: SocketReconciler | None = None,
+        lane: LaneReconciler | None = None,
         families: Sequence[Family] = (4, 6),
         retired: Sequence[Reconciler] = (),
     ) -> None:
         self.netfilter, self.links, self.nftables, self.ipvs = netfilter, links, nftables, ipvs
         self.forwarder, self.tunnel = forwarder, tunnel
         self.overlay_tables, self.policies, self.sockets = overlay_tables, policies, sockets
+        self.lane = lane
         self.families = tuple(families)
         """The families whose packet filter this kernel has."""
         self.retired = list(retired)
@@ -100,7 +103,7 @@ class NodeKernel:
         """The parts in the order in which they are written."""
         programs = self.tunnel.programs if self.tunnel else None
         overlay: list[Reconciler | None] = [self.policies, self.links, self.forwarder, programs, self.overlay_tables]
-        found: list[Reconciler | None] = [*overlay, self.nftables, *(self.ipvs or ()), self.sockets, self.netfilter]
+        found: list[Reconciler | None] = [*overlay, self.nftables, *(self.ipvs or ()), self.sockets, self.netfilter, self.lane]
         return [part for part in found if part is not None]
 
     @property
@@ -152,6 +155,11 @@ class NodeKernel:
             reports += self._retire()
         return reports
 
+    def renew(self) -> SyncReport:
+        """Let no packet go by what was before something changed."""
+        error = self.lane.renew() if self.lane is not None else ""
+        return SyncReport("lane", 0, (error,) if error else ())
+
     def _retire(self) -> list[SyncReport]:
         """Empty the parts of other modes; what fails is tried again at the next sync."""
         reports = []
@@ -185,6 +193,7 @@ class NodeKernel:
             self.nftables,
             *(self.ipvs or ()),
             self.sockets,
+            self.lane,
         )
         for part in parts:
             if part is not None:

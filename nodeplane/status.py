@@ -74,6 +74,8 @@ class Status(msgspec.Struct, frozen=True):
     """Of Services, that sockets are told of."""
     unasked: str = ""
     """Why sockets are not told of Services though they should be: packets meet rules instead."""
+    laneless: str = ""
+    """Why packets of open connections take no short lane though they should."""
     policies: int = 0
     """NetworkPolicies that isolate a pod of this node."""
     isolated: int = 0
@@ -194,6 +196,7 @@ def status_lines(status: Status, *, running: bool) -> list[str]:
         f"services  {status.mode}{variant}",
         f"          {status.services} Services, {status.endpoints} endpoints: {_written(status)}",
         *([f"          sockets are NOT told of Services, packets meet nftables: {status.unasked}"] if status.unasked else []),
+        *([f"          open connections take NO short lane: {status.laneless}"] if status.laneless else []),
         f"state     {state}, last written {time.time() - status.last_sync:.0f} s ago",
     ]
     if status.kept:

@@ -34,7 +34,7 @@ def uplink_facts(iface: str, node_addresses: Iterable[IPAddress] = ()) -> Uplink
         if iface:
             index = next((i for i, link in links.items() if link.name == iface), 0) or _holder(addresses, [_as_address(iface)])
         else:
-            index = _holder(addresses, list(node_addresses)) or _default(sock)
+            index = _holder(addresses, list(node_addresses)) or default_link(sock)
     finally:
         sock.close()
     if index not in links:
@@ -68,7 +68,7 @@ def _holder(addresses: dict[int, list[Interface]], wanted: Sequence[IPAddress | 
     return 0
 
 
-def _default(sock: RouteSocket) -> int:
+def default_link(sock: RouteSocket) -> int:
     """Return the link of the default route with the lowest metric, of IPv4 if it has one."""
     for family in codec.AF.values():
         header = codec.RTMSG.pack(family, 0, 0, 0, MAIN_TABLE, 0, 0, 0, 0)

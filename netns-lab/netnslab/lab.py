@@ -218,6 +218,7 @@ def _put_into_effect(state: LabState, given: Given, memory: Memory, change: Chan
     before = {p.key: p for p in state.pods}
     state.given = list(given.values())
     objects = plan_pods(state, given, memory)
+    _announce_pods(state, objects)
     change.warnings += _move_pods(state, before)
     _publish(state, objects)
 
@@ -322,6 +323,14 @@ def _lab_pod(lab: str, raw: Raw) -> LabPod:
 def file_name(ref: ObjectRef) -> str:
     """Return the file an object is in; no name has an underscore, so no two objects share one."""
     return "_".join(part for part in (ref.kind.lower(), ref.namespace, ref.name) if part) + ".json"
+
+
+def _announce_pods(state: LabState, objects: Given) -> None:
+    """Let agents hear of pods before they are made: where policies are enforced none starts that its node does not know."""
+    for ref, raw in objects.items():
+        path = state.objects / file_name(ref)
+        if ref.kind == "Pod" and not path.exists():
+            write_file(path, msgspec.json.encode(raw) + b"\n")
 
 
 def _publish(state: LabState, objects: Given) -> None:

@@ -26,7 +26,7 @@ from bench import (
     services_full,
     services_sockets,
 )
-from bench.run import AT_SOCKETS, BENCHMARKS, run
+from bench.run import BENCHMARKS, run
 from kernelstate.linux import netns
 
 pytestmark = pytest.mark.kernel
@@ -60,7 +60,7 @@ def test_benchmark_runs(name, tmp_path, monkeypatch, capsys):
     module, size, services = TINY[name]
     monkeypatch.setattr(module, "measure", partial(module.measure, **size))
     before = set(netns.names())
-    mode = "ebpf" if name in AT_SOCKETS else "iptables"
+    mode = "ebpf" if name in {"service-connect", "services-sockets"} else "iptables"
     args = argparse.Namespace(name=name, services=services, mode=mode, results=tmp_path, output="json")
     assert run(args) == 0
     result = json.loads(capsys.readouterr().out)
