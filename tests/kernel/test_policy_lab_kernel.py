@@ -70,15 +70,18 @@ def nodeplane(*args: str, stdin: str | None = None) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module", params=["nftables api", "iptables files"])
+@pytest.fixture(scope="module", params=["nftables ebpf api", "iptables iptables files"])
 def cluster(request, tmp_path_factory) -> Iterator[str]:
-    """Bring up three nodes with the nine pods; policies enforced through the one or the other, and said by a server or by files."""
-    mode, source = request.param.split()
+    """Bring up three nodes with the nine pods; policies enforced through the one or the other, with and without a short
+    lane for open connections, and said by a server or by files."""
+    mode, services, source = request.param.split()
     name = f"t{os.getpid()}-{secrets.token_hex(2)}"
     objects = tmp_path_factory.mktemp("policies") / "world.yaml"
     objects.write_text(WORLD)
     try:
-        nodeplane("up", "--name", name, "--policy", mode, "--objects", str(objects), *up_options(source))
+        nodeplane(
+            "up", "--name", name, "--services", services, "--policy", mode, "--objects", str(objects), *up_options(source)
+        )
         yield name
     finally:
         nodeplane("down", "--name", name)
