@@ -54,6 +54,11 @@ class LaneReconciler:
         """Never: without its programs a node does the same, more slowly."""
         return False
 
+    @property
+    def links(self) -> int:
+        """How many links take part, as far as is known."""
+        return len(self._links or ())
+
     def forget(self) -> None:
         """Trust no memory: the next ``sync`` looks at the programs."""
         self._links = None

@@ -368,6 +368,7 @@ class Agent:
             elements=desired.services.elements,
             servers=len(desired.services.servers),
             frontends=len(desired.services.sockets.frontends) if self.kernel.sockets is not None else 0,
+            lane=self.kernel.lane.links if self.kernel.lane is not None else 0,
             **policy_counts(desired.policies),
             policy_pods=_policy_pods(desired) if self.pipeline.config.policy else {},
             families=desired.families,

@@ -74,6 +74,8 @@ class Status(msgspec.Struct, frozen=True):
     """Of Services, that sockets are told of."""
     unasked: str = ""
     """Why sockets are not told of Services though they should be: packets meet rules instead."""
+    lane: int = 0
+    """Links between which packets of open connections take the short lane."""
     laneless: str = ""
     """Why packets of open connections take no short lane though they should."""
     policies: int = 0
@@ -196,6 +198,7 @@ def status_lines(status: Status, *, running: bool) -> list[str]:
         f"services  {status.mode}{variant}",
         f"          {status.services} Services, {status.endpoints} endpoints: {_written(status)}",
         *([f"          sockets are NOT told of Services, packets meet nftables: {status.unasked}"] if status.unasked else []),
+        *([f"          open connections take a short lane between {status.lane} links"] if status.lane else []),
         *([f"          open connections take NO short lane: {status.laneless}"] if status.laneless else []),
         f"state     {state}, last written {time.time() - status.last_sync:.0f} s ago",
     ]

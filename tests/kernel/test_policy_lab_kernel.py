@@ -72,8 +72,10 @@ def nodeplane(*args: str, stdin: str | None = None) -> str:
 
 @pytest.fixture(scope="module", params=["nftables ebpf api", "iptables iptables files"])
 def cluster(request, tmp_path_factory) -> Iterator[str]:
-    """Bring up three nodes with the nine pods; policies enforced through the one or the other, with and without a short
-    lane for open connections, and said by a server or by files."""
+    """Bring up three nodes with the nine pods, policies enforced through the one or the other.
+
+    With and without a short lane for open connections, and said by a server or by files.
+    """
     mode, services, source = request.param.split()
     name = f"t{os.getpid()}-{secrets.token_hex(2)}"
     objects = tmp_path_factory.mktemp("policies") / "world.yaml"

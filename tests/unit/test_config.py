@@ -205,3 +205,17 @@ def test_what_is_wrong_about_the_agent_itself(fields, message):
     with pytest.raises(ConfigError) as caught:
         parse_config(node(services=fields))
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "wanted"),
+    [
+        ("ebpf", {}, True),
+        ("ebpf", {"shortLane": False}, False),
+        ("nftables", {}, False),
+        ("nftables", {"shortLane": True}, False),
+    ],
+)
+def test_the_short_lane_is_of_mode_ebpf(mode, options, wanted):
+    """Only mode ebpf has a short lane, unless it is switched off."""
+    assert parse_config(node(services={"mode": mode}, serviceOptions=options)).short_lane is wanted

@@ -54,7 +54,7 @@ def port():
 def test_programs_are_where_the_links_are(port):
     """The first look installs, the next does nothing; a link that comes or goes is noticed."""
     lane = LaneReconciler(port)
-    assert (lane.sync().changed, lane.drifted(), lane.sync().changed, port.installed) == (2, False, 0, 1)
+    assert (lane.sync().changed, lane.drifted(), lane.sync().changed, port.installed, lane.links) == (2, False, 0, 1, 2)
     port.links = [OTHER, UPLINK]
     assert lane.drifted()
     assert (lane.sync().changed, port.programs) == (2, [OTHER, UPLINK])
