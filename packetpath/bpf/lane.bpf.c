@@ -301,6 +301,7 @@ always_inline long ask(struct __sk_buff *skb, struct bpf_fib_lookup *route, cons
 always_inline int find_route(struct __sk_buff *skb, const struct packet *p, struct way *way)
 {
 	struct bpf_fib_lookup there = {}, back = {};
+	const __u32 here = skb->ifindex;
 	const __u32 *kind;
 	long found;
 
@@ -310,6 +311,10 @@ always_inline int find_route(struct __sk_buff *skb, const struct packet *p, stru
 		return 0;
 	found = ask(skb, &back, p, &p->flow.to, &p->flow.from);
 	if ((found != BPF_FIB_LKUP_RET_SUCCESS && found != BPF_FIB_LKUP_RET_NO_NEIGH) || back.ifindex != skb->ifindex)
+		return 0;
+	/* Where a card has summed up a whole packet, replacing IPv6 addresses takes a flag that kernels before 6.16 do not know. */
+	kind = bpf_map_lookup_elem(&links, &here);
+	if (p->v6 && (!kind || *kind != POD) && (!same(&way->from, &p->flow.from) || !same(&way->to, &p->flow.to)))
 		return 0;
 	kind = bpf_map_lookup_elem(&links, &there.ifindex);
 	if (!kind)
@@ -382,18 +387,17 @@ always_inline int replace(struct __sk_buff *skb, const struct packet *p, const s
 /* One hop less. */
 always_inline int step(struct __sk_buff *skb, const struct packet *p)
 {
+	const __u32 limit = ETH_HLEN + offsetof(struct ipv6hdr, hop_limit);
 	struct iphdr *ip;
-	struct ipv6hdr *ip6;
 	void *data;
 	__u32 sum;
+	__u8 hops;
 
-	if (p->v6) {
-		data = reach(skb, ETH_HLEN + sizeof *ip6);
-		if (!data)
+	if (p->v6) { /* no sum in the header makes up for it, so the card's sum over all of the packet has to follow */
+		if (bpf_skb_load_bytes(skb, limit, &hops, sizeof hops))
 			return -1;
-		ip6 = data + ETH_HLEN;
-		ip6->hop_limit--;
-		return 0;
+		hops--;
+		return bpf_skb_store_bytes(skb, limit, &hops, sizeof hops, BPF_F_RECOMPUTE_CSUM);
 	}
 	data = reach(skb, ETH_HLEN + sizeof *ip);
 	if (!data)
