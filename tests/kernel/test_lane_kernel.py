@@ -225,6 +225,20 @@ def test_datagrams(rig, no_sum):
         assert client.recv(100) == b"answer"
 
 
+def test_datagrams_without_an_answer(rig):
+    """A flow that nobody answers is none that tracking knows well: all of it goes the long way, and arrives."""
+    server = rig.socket(rig.pods[2], kind=socket.SOCK_DGRAM)
+    server.bind((pod_ip(2), PORT))
+    client = rig.socket(rig.pods[1], kind=socket.SOCK_DGRAM)
+    client.connect((VIP[4], 80))
+    before = rig.counters()
+    for number in range(50):
+        client.send(bytes([number]))
+        assert server.recv(10) == bytes([number])
+    after = rig.counters()
+    assert (after["taken"], after["learned"]) == (before["taken"], before["learned"])
+
+
 def test_it_is_one_hop(rig):
     """A packet that takes the lane has one hop less to live, as one that does not, and a sum that is right."""
     Echo(rig, 2)
