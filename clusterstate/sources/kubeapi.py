@@ -173,26 +173,34 @@ class KubeSource:
     def _take(self, news: News, files: dict[str, Holding | None]) -> None:
         """Take in one piece of news; ``files`` are the objects that may differ, by path."""
         match news:
-            case Listed(resource, objects):
+            case Listed(resource, objects, version):
+                self._reached.pop(resource, None)  # a server that was restored begins again where its backup was
+                self._reach(resource, version)
                 self._complete.add(resource)
                 files |= dict.fromkeys(self._paths[resource] - objects.keys())
                 self._paths[resource] = set(objects)
                 for path, parsed in objects.items():
                     files[path] = held(parsed, self._before(path, files))
-            case Changed(resource, path, None):
+            case Changed(resource, path, None, version):
+                self._reach(resource, version)
                 self._paths[resource].discard(path)
                 files[path] = None
-            case Changed(resource, path, parsed):
+            case Changed(resource, path, parsed, version):
+                self._reach(resource, version)
                 assert parsed is not None
                 self._paths[resource].add(path)
                 files[path] = held(parsed, self._before(path, files))
             case Reached(resource, version):
-                self._reached[resource] = max(version, self._reached.get(resource, version))
+                self._reach(resource, version)
             case Trouble(resource, words):
                 if words:
                     self._troubles[resource] = words
                 else:
                     self._troubles.pop(resource, None)
+
+    def _reach(self, resource: Resource, version: int) -> None:
+        if version >= 0:
+            self._reached[resource] = max(version, self._reached.get(resource, version))
 
     def _before(self, path: str, files: Mapping[str, Holding | None]) -> Holding:
         """Return what was known of an object; nothing of one that has gone meanwhile."""

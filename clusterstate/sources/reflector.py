@@ -76,10 +76,11 @@ class Resource(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """All objects of a resource, by path; empty for a kind that is not served."""
+    """All objects of a resource, by path, as of a version (-1: it cannot be compared); empty for a kind that is not served."""
 
     resource: Resource
     objects: Mapping[str, Parsed]
+    version: int = -1
 
 
 class Changed(NamedTuple):
@@ -88,6 +89,7 @@ class Changed(NamedTuple):
     resource: Resource
     path: str
     parsed: Parsed | None
+    version: int = -1
 
 
 class Trouble(NamedTuple):
@@ -98,7 +100,7 @@ class Trouble(NamedTuple):
 
 
 class Reached(NamedTuple):
-    """All that happened to a resource up to a version has been told."""
+    """Nothing happened to a resource up to a version but what has been told."""
 
     resource: Resource
     version: int
@@ -253,13 +255,8 @@ class Reflector:
         if not version:
             raise ApiError(0, "a list without a resourceVersion")
         self._version, self._floor, self._seen, self._is_listed = version, _number(version), {}, True
-        self._tell(Listed(self._resource, objects))
-        self._reached(version)
+        self._tell(Listed(self._resource, objects, self._floor))
         self._well()
-
-    def _reached(self, version: str) -> None:
-        if (number := _number(version)) >= 0:
-            self._tell(Reached(self._resource, number))
 
     # -- changes -------------------------------------------------------------------------------------------------------
 
@@ -271,7 +268,7 @@ class Reflector:
             version = head.metadata.resource_version
             if event.type == "BOOKMARK":
                 self._version = version or self._version
-                self._reached(version)
+                self._tell(Reached(self._resource, _number(version)))
                 continue
             path, number = self._path(head.metadata), _number(version)
             if 0 <= number <= max(self._floor, self._seen.get(path, -1)):
@@ -280,8 +277,7 @@ class Reflector:
             if number < 0 or number >= _number(self._version):
                 self._version = version
             gone = event.type == "DELETED"
-            self._tell(Changed(self._resource, path, None if gone else self._object(bytes(event.object))[1]))
-            self._reached(version)
+            self._tell(Changed(self._resource, path, None if gone else self._object(bytes(event.object))[1], number))
         self._fruitless += silent
         self._doubt()
 
