@@ -90,14 +90,11 @@ class LaneReconciler:
 
     def renew(self) -> str:
         """End all that is remembered; returns why that cannot be done, or nothing. Then there is no lane until the next ``sync``."""
-        if self._links is None:
-            return ""
         try:
             self._port.renew()
         except KernelStateError as error:
-            self._links = None
-            self._port.remove()
-            return str(error)
+            left = self.cleanup().errors
+            return "; ".join((str(error), *left))
         return ""
 
     def cleanup(self) -> SyncReport:

@@ -91,7 +91,7 @@ class LinuxLane:
                     found.append(LaneLink(link.name, link.ifindex, LinkKind.POD))
                 elif link.ifindex == default or (link.kind == "vxlan" and link.name.startswith("flannel")):
                     found.append(LaneLink(link.name, link.ifindex, LinkKind.EXIT))
-                    self._tunnel = self._tunnel or _vxlan_port(message)
+                    self._tunnel = _vxlan_port(message) if link.kind == "vxlan" else self._tunnel
         return sorted(found)
 
     def observe(self) -> Sequence[LaneLink]:
@@ -131,7 +131,8 @@ class LinuxLane:
         self._held = held
 
     def renew(self) -> None:
-        """Count the generation on."""
+        """Count the generation on, also of a program that is not held at the moment."""
+        self._held = self._held or self._find()
         if self._held is not None:
             self._held.maps["settings"][_ONLY] = self._next_settings(self._held)
 

@@ -366,7 +366,8 @@ def _take_down(name: str, state: LabState | None, say: Say) -> None:
         inodes = processes.inodes(spaces)
 
         def find() -> set[int]:
-            return processes.living_in(inodes) | {p.pid for p in state.processes if processes.is_alive(p)}
+            recorded = {p.pid for p in state.processes if processes.is_alive(p)}
+            return processes.living_in(inodes) | recorded | processes.running(remote.MODULE, name)
 
         killed = processes.kill(find, f"lab {name}")
         for space in spaces:

@@ -53,7 +53,11 @@ def left_of(name: str) -> list[str]:
     processes_left = [
         entry.name
         for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and f"/labs/{name}/".encode() in _command_line(entry)
+        if entry.name.isdigit()
+        and (
+            f"/labs/{name}/".encode() in _command_line(entry)
+            or f"netnslab.api.server\0{name}\0".encode() in _command_line(entry)
+        )
     ]
     spaces = [n for n in netns.names() if n.startswith(f"np-{name}-")]
     return [*spaces, *processes_left, *(str(p) for p in [states.LABS / name] if p.exists())]
@@ -291,6 +295,25 @@ def test_down_leaves_nothing_after_kill_9_of_an_agent(name: str) -> None:
     assert left_of(name) == []
     assert traces() == before
     assert nodeplane("lab", "down", "--name", name, check=False).returncode == 1
+
+
+def test_down_ends_an_api_server_that_was_started_by_hand(name: str) -> None:
+    """A server that somebody has started again, and that no state knows of, ends with its lab."""
+    nodeplane("lab", "up", "--api", "--name", name)
+    served = next(p for p in states.load(name).processes if p.what == "api server")
+    os.kill(served.pid, signal.SIGKILL)
+    assert until(lambda: processes.start_time(served.pid) is None)
+    command = [sys.executable, "-m", "netnslab.api.server", name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as again:
+        try:
+            assert again.stdout is not None
+            assert again.stdout.readline()
+            assert str(again.pid) in left_of(name)
+            nodeplane("lab", "down", "--name", name)
+            assert again.wait(20) == -signal.SIGKILL
+        finally:
+            again.kill()
+    assert left_of(name) == []
 
 
 @pytest.mark.parametrize("stage", ["nodes on", "agents starting", "to attach", "pods attached"])

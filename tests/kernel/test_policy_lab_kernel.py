@@ -97,6 +97,17 @@ def test_truth_table(cluster, tmp_path, spec):
     assert True in truth(cluster, tmp_path, [policy]).values()
 
 
+def test_a_pod_that_is_applied_starts(cluster):
+    """A pod that comes to a running lab starts where policies are enforced: its node's agent hears of it first."""
+    metadata = "metadata: {namespace: x, name: late, labels: {pod: late}}"
+    manifest = f"{{apiVersion: v1, kind: Pod, {metadata}, spec: {{nodeName: node-2, containers: [{{name: c, image: x}}]}}}}"
+    nodeplane("apply", "--name", cluster, "-f", "-", stdin=manifest)
+    try:
+        assert states.load(cluster).pod("x/late") is not None
+    finally:
+        nodeplane("delete", "--name", cluster, "-f", "-", stdin=manifest)
+
+
 def test_tiers(cluster, tmp_path):
     """So do those that the tiers let through, around a NetworkPolicy: accepted and denied before it, passed on to it, or left to the end."""
     of_cluster = {"apiVersion": "policy.networking.k8s.io/v1alpha2", "kind": "ClusterNetworkPolicy"}

@@ -12,7 +12,7 @@ from kernelstate.errors import KernelRefusedError
 from kernelstate.fake import FakeNetfilter
 from kernelstate.objects.address import Prefix
 from kernelstate.objects.links import Uplink
-from kernelstate.ports import ConntrackEntry
+from kernelstate.ports import ConntrackEntry, SyncReport
 from kernelstate.reconcile import NetfilterReconciler
 from nodeplane.agent import Agent
 from nodeplane.config import parse_config
@@ -246,6 +246,44 @@ def test_change_writes_only_what_it_touches(make):
     assert sum(line.startswith(":KUBE-SEP-") for line in text.splitlines()) == 1
     assert sum(line.startswith(":KUBE-SVC-") for line in text.splitlines()) == 1
     assert sum(line.startswith(":") for line in text.splitlines()) == 2
+
+
+class Lane:
+    """A short lane that only notes what the packet filter held when each generation began."""
+
+    part, dirty, links = "lane", False, 2
+
+    def __init__(self, netfilter):
+        self.netfilter, self.begun, self.refusal = netfilter, [], ""
+
+    def sync(self):
+        return SyncReport(self.part)
+
+    def drifted(self):
+        return False
+
+    def forget(self):
+        pass
+
+    def renew(self):
+        self.begun.append(len(self.netfilter.applied))
+        return self.refusal
+
+
+def test_what_is_written_begins_a_generation(make):
+    """Behind every write, and only then, the short lane forgets; if it cannot, that is an error like any other."""
+    source = Source(cluster(1, "10.244.1.5"))
+    agent, netfilter, published = make(source)
+    lane = agent.kernel.lane = Lane(netfilter)
+    agent.start(source.load())
+    assert (lane.begun, published[-1].lane) == ([1], 2)
+    agent.sync()
+    assert lane.begun == [1], "nothing was written"
+    lane.refusal = "write map settings: Operation not permitted"
+    agent.take(changed(cluster(2, "10.244.1.6")))
+    agent.sync()
+    assert lane.begun == [1, 2]
+    assert lane.refusal in published[-1].errors
 
 
 def test_vanished_node_keeps_services(make):

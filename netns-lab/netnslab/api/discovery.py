@@ -7,6 +7,7 @@ Source: Kubernetes API concepts (discovery); k8s.io/cli-runtime, query_param_ver
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ def document(path: str) -> Raw | None:
     return _documents().get(path.rstrip("/") or "/")
 
 
+@functools.cache
 def _documents() -> Mapping[str, Raw]:
     groups = {(kind.group, kind.version): kind.base for kind in KINDS} | {EVENTS: "/apis/events.k8s.io/v1"}
     named = [group for group in groups if group[0]]

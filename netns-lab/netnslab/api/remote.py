@@ -25,7 +25,7 @@ from netnslab.given import Given, Raw, reference
 from netnslab.state import LabState, Process
 from netnslab.topology import Topology
 
-LABEL = "api server"
+LABEL, MODULE = "api server", "netnslab.api.server"
 ANSWER_SECONDS = 120.0
 
 
@@ -59,7 +59,7 @@ def run(state: LabState) -> None:
     """Start the server's process, at the port it had if it had one; the state is written with what it is. Raises LabError."""
     with (state.root / "api/server.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "netnslab.api.server", state.name],
+            [sys.executable, "-m", MODULE, state.name],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -109,7 +109,7 @@ def _ask(state: LabState, word: str, body: Any) -> Answer:
             answer = connection.getresponse()
             said = answer.read()
     except (OSError, HTTPException) as error:
-        again = f"python -m netnslab.api.server {state.name}"
+        again = f"python -m {MODULE} {state.name}"
         raise LabError(f"the API server of lab {state.name!r} does not answer ({error}); `{again}` starts it again") from error
     if answer.status == HTTPStatus.OK:
         return msgspec.json.decode(said, type=Answer)
