@@ -175,16 +175,21 @@ class Injector:
         return sent
 
     def establish(self, road: Road, target: Target, clients: Clients = CLIENTS) -> int:
-        """Do a TCP handshake from the next client to ``target`` and back; return the flow's number. Raises RuntimeError."""
+        """Open a TCP connection from the next client to ``target``; return the flow's number. Raises RuntimeError.
+
+        A handshake, and a packet each way after it: whoever let it begin past connection tracking has that see both ends now.
+        """
         number, self._flow = self._flow, self._flow + 1
         first = _segment(IN_MAC, target.port, SYN, (_CLIENT_SEQUENCE, 0))
         _arrived(self._send(road, Plan(first, number, clients=clients), target, 1), "SYN")
         *_, endpoint = SEEN.unpack(self._program.read("sightings"))
         client, port = clients.flow(number)
-        answer = _segment(OUT_MAC, port, SYN_ACK, (_SERVER_SEQUENCE, _CLIENT_SEQUENCE + 1))
-        plan = Plan(answer, target.arrival_port - 1024, clients=Clients(endpoint, bits=0), link="out")
-        _arrived(self._send(road, plan, Target((client,), port, client, client, port), 1), "SYN, ACK")
-        _arrived(self.established(road, target, number, 1, clients), "ACK")
+        back = Target((client,), port, client, client, port)
+        for flags, sequence, name in ((SYN_ACK, _SERVER_SEQUENCE, "SYN, ACK"), (ACK, _SERVER_SEQUENCE + 1, "ACK back")):
+            answer = _segment(OUT_MAC, port, flags, (sequence, _CLIENT_SEQUENCE + 1))
+            plan = Plan(answer, target.arrival_port - 1024, clients=Clients(endpoint, bits=0), link="out")
+            _arrived(self._send(road, plan, back, 1), name)
+            _arrived(self.established(road, target, number, 1, clients), "ACK")
         return number
 
     def established(self, road: Road, target: Target, number: int, count: int, clients: Clients = CLIENTS) -> Sent:

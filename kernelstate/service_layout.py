@@ -134,7 +134,7 @@ class Layout:
         if not service.pool:
             return codec.pack_service(codec.Placed(service, 0, 0))
         pool, first = self._pools[service.pool]
-        return codec.pack_service(codec.Placed(service, first, len(pool.endpoints)))
+        return codec.pack_service(codec.Placed(service, first, len(pool.endpoints), pool.pods_only))
 
     def _move(self, tables: SocketTables, pools: Iterable[int], now: float) -> _Moved:
         """Lay each pool that differs out anew; what it leaves rests."""
@@ -169,10 +169,12 @@ class Layout:
     def _learn(self, found: Contents) -> None:
         """Find out where pools lie. Of a pool that is in two places, as after a change that broke off, one place counts."""
         rooms: dict[int, tuple[int, int]] = {}
+        of_pods: dict[int, bool] = {}
         for value in found.frontends.values():
             placed = codec.read_service(value)
             if placed.service.pool and placed.size:
                 rooms[placed.service.pool] = (placed.first, placed.size)
+                of_pods[placed.service.pool] = placed.pods_only
         self._slots.occupy(rooms.values())
         members = set(found.members)
         for number, (first, count) in rooms.items():
@@ -182,7 +184,7 @@ class Layout:
                 raise NoRoomError from error
             remembers = codec.pack_member(number, found.slots[codec.pack_index(first)]) in members
             endpoints = tuple((end.address, end.port) for end in ends)
-            self._pools[number] = (Pool(ends[0].family, ends[0].protocol, endpoints, remembers), first)
+            self._pools[number] = (Pool(ends[0].family, ends[0].protocol, endpoints, remembers, of_pods[number]), first)
 
 
 def contents_of(tables: SocketTables) -> Contents:

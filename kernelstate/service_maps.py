@@ -17,7 +17,7 @@ from kernelstate.objects.ebpf import NODE_PORT, Pool, SocketFrontend, SocketProt
 BUILD = 8
 COUNTERS = ("translated", "refused", "left")
 """The program's enum, in its order."""
-REFUSES = 1
+REFUSES, PODS_ONLY = 1, 2
 _MAPPED = bytes(10) + b"\xff\xff"
 _PROTOCOLS: dict[SocketProtocol, int] = {"tcp": 6, "udp": 17}
 _PROTOCOL_NAMES: dict[int, SocketProtocol] = {number: name for name, number in _PROTOCOLS.items()}
@@ -38,6 +38,7 @@ class Placed(NamedTuple):
     service: SocketService
     first: int
     size: int
+    pods_only: bool = False
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -79,14 +80,16 @@ def read_frontend(data: bytes) -> SocketFrontend:
 
 def pack_service(placed: Placed) -> bytes:
     """Pack the value of a frontend."""
-    service, first, size = placed
-    return _SERVICE.pack(service.pool, first, size, service.affinity, service.who, REFUSES if service.refuses else 0)
+    service, first, size, pods_only = placed
+    how = (REFUSES if service.refuses else 0) | (PODS_ONLY if pods_only else 0)
+    return _SERVICE.pack(service.pool, first, size, service.affinity, service.who, how)
 
 
 def read_service(data: bytes) -> Placed:
     """Read the value of a frontend."""
     pool, first, count, affinity, who, how = _SERVICE.unpack(data)
-    return Placed(SocketService(pool, Who(who & (Who.NODE | Who.PODS)), bool(how & REFUSES), affinity), first, count)
+    service = SocketService(pool, Who(who & (Who.NODE | Who.PODS)), bool(how & REFUSES), affinity)
+    return Placed(service, first, count, bool(how & PODS_ONLY))
 
 
 def pack_member(pool: int, end: bytes) -> bytes:

@@ -20,12 +20,12 @@ from nodeplane.commands import Failed
 from nodeplane.host_kernel import (
     FORWARDER,
     VARIANTS,
+    leftover_lane,
     leftovers_of_sockets,
     other_modes,
     overlay_tables,
     policy_sets,
     policy_tables,
-    short_lane,
     tunnel_programs,
 )
 from nodeplane.kept_objects import OBJECTS_FILE
@@ -76,7 +76,7 @@ def _reconcilers() -> Iterator[Reconciler]:
             yield NetfilterReconciler(IptablesPort(variant), OWNERSHIP, families())
     yield from other_modes("", None)
     yield from leftovers_of_sockets()
-    lane, _ = short_lane()
+    lane = leftover_lane()
     if lane is not None:
         yield lane
     yield overlay_tables()

@@ -161,6 +161,7 @@ class ServiceOptions(Strict, frozen=True):
     drain_time: str | None = None
     cgroup: str = ""
     short_lane: bool = True
+    short_openings: bool = True
 
 
 class NodeConfig(msgspec.Struct, frozen=True):
@@ -184,6 +185,8 @@ class NodeConfig(msgspec.Struct, frozen=True):
     """Mode ``ebpf``: the cgroup of version 2 whose processes are the node's and its pods'; empty: all of the machine's."""
     short_lane: bool = False
     """Mode ``ebpf``: whether packets of open connections go from link to link without meeting the rules again."""
+    short_openings: bool = False
+    """Whether new connections of pods begin there as well, where no policy is about either end."""
     kubeconfig: str = ""
     """The file that says how to reach the API server, where the command line does not."""
     servers: ServerOptions = ServerOptions()
@@ -263,6 +266,7 @@ def _build(raw: Mapping[str, Any], section: ServicesSection, at: str, node_name:
         iptables_variant=variant,
         cgroup=_cgroup(options.cgroup, mode),
         short_lane=options.short_lane and mode == "ebpf",
+        short_openings=options.short_lane and options.short_openings and mode == "ebpf",
         kubeconfig=section.client_connection.kubeconfig,
         servers=read_servers(section, at),
         conntrack=read_conntrack(section.conntrack, at),

@@ -35,6 +35,8 @@ from proxy.render.ipvs_program import LINK
 from proxy.settings import ProxySettings
 
 if TYPE_CHECKING:
+    from kernelstate.linux.bpf_lane import LinuxLane
+    from kernelstate.linux.ebpf_services import LinuxServiceMaps
     from kernelstate.reconcile_ebpf import SocketReconciler
     from kernelstate.reconcile_lane import LaneReconciler
     from kernelstate.reconcile_sets import IpsetReconciler
@@ -74,8 +76,10 @@ def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | Non
     variant, reason = _variant(config, chains)
     links = LinuxLinks() if config.overlay else None
     nftables = _nftables() if config.mode in THROUGH_NFTABLES else None
-    sockets, unasked = _sockets(config) if config.mode == "ebpf" else (None, "")
-    lane, laneless = short_lane(only_loadable=True) if config.short_lane else (None, "")
+    at_sockets, unasked = _sockets(config) if config.mode == "ebpf" else (None, "")
+    in_lane, laneless = _lane(config) if config.short_lane else (None, "")
+    sockets = _tables(at_sockets, in_lane if config.short_openings else None)
+    lane = _lane_reconciler(in_lane) if in_lane is not None else None
     tables = overlay_tables() if config.overlay and config.overlay.net_conf.nftables else None
     policies: NftablesReconciler | IpsetReconciler | None = None
     if config.policy:
@@ -114,8 +118,8 @@ def host_kernel(config: NodeConfig, chains: int, forwarder: LinuxForwarder | Non
         retired=[
             *_other_variants(variant),
             *other_modes(config.mode, config.services),
-            *(leftovers_of_sockets() if sockets is None else []),
-            *([left] if lane is None and (left := short_lane()[0]) is not None else []),
+            *(leftovers_of_sockets() if at_sockets is None else []),
+            *([left] if lane is None and (left := leftover_lane()) is not None else []),
             *([overlay_tables()] if is_known and tables is None else []),
             *([policy_tables()] if config.policy != "nftables" else []),
             *(_leftovers_of_sets() if config.policy != "iptables" else []),
@@ -213,30 +217,56 @@ def _nftables() -> NftablesReconciler:
     return NftablesReconciler(NftablesPort())
 
 
-def _sockets(config: NodeConfig) -> tuple[SocketReconciler | None, str]:
-    """Return what keeps the programs at sockets, or why there cannot be any: then packets meet the rules, as in mode nftables."""
+def _sockets(config: NodeConfig) -> tuple[LinuxServiceMaps | None, str]:
+    """Return the programs at sockets, or why there cannot be any: then packets meet the lane or the rules."""
     from kernelstate.linux.ebpf_services import LinuxServiceMaps, node_cgroup, unloadable  # noqa: PLC0415
-    from kernelstate.reconcile_ebpf import SocketReconciler  # noqa: PLC0415
 
     try:
         port = LinuxServiceMaps(BUILT, node_cgroup(config.cgroup))
     except KernelStateError as error:
         return None, str(error)
     why = unloadable(BUILT)
-    return (None, why) if why else (SocketReconciler(port, time.monotonic), "")
+    return (None, why) if why else (port, "")
 
 
-def short_lane(*, only_loadable: bool = False) -> tuple[LaneReconciler | None, str]:
-    """Return what keeps the short lane's programs, or why there cannot be any; ``only_loadable``: the kernel is asked."""
+def _lane(config: NodeConfig) -> tuple[LinuxLane | None, str]:
+    """Return the short lane's program, or why there cannot be any."""
     from kernelstate.linux.bpf_lane import LinuxLane, unloadable  # noqa: PLC0415
-    from kernelstate.reconcile_lane import LaneReconciler  # noqa: PLC0415
 
     try:
-        port = LinuxLane(BUILT)
+        port = LinuxLane(BUILT, opens=config.short_openings)
     except MissingFeatureError as error:
         return None, str(error)
-    why = unloadable(BUILT) if only_loadable else ""
-    return (None, why) if why else (LaneReconciler(port), "")
+    why = unloadable(BUILT)
+    return (None, why) if why else (port, "")
+
+
+def _tables(sockets: LinuxServiceMaps | None, lane: LinuxLane | None) -> SocketReconciler | None:
+    """Return what keeps tables of Services wherever somebody asks them; None if nobody does."""
+    from kernelstate.linux.packet_tables import PacketTables  # noqa: PLC0415
+    from kernelstate.reconcile_ebpf import ServiceMapsPort, SocketReconciler  # noqa: PLC0415
+    from kernelstate.several_maps import SeveralMaps  # noqa: PLC0415
+
+    ports: list[ServiceMapsPort] = [sockets] if sockets is not None else []
+    if lane is not None:
+        ports.append(PacketTables(lane))
+    return SocketReconciler(SeveralMaps(ports) if len(ports) > 1 else ports[0], time.monotonic) if ports else None
+
+
+def _lane_reconciler(port: LinuxLane) -> LaneReconciler:
+    from kernelstate.reconcile_lane import LaneReconciler  # noqa: PLC0415
+
+    return LaneReconciler(port)
+
+
+def leftover_lane() -> LaneReconciler | None:
+    """Return what takes the short lane's programs off; None where there cannot be any."""
+    from kernelstate.linux.bpf_lane import LinuxLane  # noqa: PLC0415
+
+    try:
+        return _lane_reconciler(LinuxLane(BUILT))
+    except MissingFeatureError:
+        return None
 
 
 def leftovers_of_sockets() -> list[Reconciler]:

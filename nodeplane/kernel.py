@@ -135,6 +135,9 @@ class NodeKernel:
         if self.overlay_tables is not None:
             self.overlay_tables.set_desired(desired.overlay_tables)
         self._set_policies(desired)
+        if self.lane is not None:
+            pods = desired.policies.pods.values() if desired.policies is not None else ()
+            self.lane.set_judged((address.version, int(address)) for pod in pods for address in pod.addresses)
 
     def _set_policies(self, desired: Desired) -> None:
         """Tell what policies become: before the first time everything may differ, afterwards what is named, or nothing."""

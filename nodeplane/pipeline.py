@@ -169,6 +169,7 @@ class Pipeline:
         """Take in a snapshot and say what the kernel should hold."""
         stale = StaleFlows(self.compiler.tracked)
         node = node_facts(self.config.node_name, update.snapshot, facts)
+        node = msgspec.structs.replace(node, pod_networks=_pod_networks(self.config.overlay))
         change: ServiceChange | None = ServiceChange()
         if self.settings is not None:
             change = self._update_services(self.settings, update, node, stale)
@@ -388,6 +389,11 @@ def node_facts(name: str, snapshot: Snapshot, facts: HostFacts) -> NodeFacts:
         local_addresses=facts.local_addresses,
         service_cidrs=cidrs,
     )
+
+
+def _pod_networks(options: OverlayOptions | None) -> tuple[Prefix, ...]:
+    found = [options.net_conf.network_of(family) for family in options.net_conf.families] if options else []
+    return tuple(Prefix.of(network) for network in found if network is not None)
 
 
 def _overlay_families(options: OverlayOptions | None) -> tuple[Family, ...]:

@@ -89,6 +89,8 @@ class NodeFacts(msgspec.Struct, frozen=True):
     """Host prefixes on the node's links, without loopback and without the Services' own (``kube-ipvs0``)."""
     service_cidrs: tuple[Prefix, ...] = ()
     """What the cluster gives ClusterIPs from, as its ServiceCIDR objects say."""
+    pod_networks: tuple[Prefix, ...] = ()
+    """What pods of the whole cluster have addresses from, as the overlay says; empty: it is somebody else's."""
 
     def primary(self, family: Family) -> IPAddress | None:
         """Return the node's own address of a family, or None when the Node object does not tell."""

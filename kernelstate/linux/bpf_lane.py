@@ -1,6 +1,7 @@
 """The short lane's program in the kernel: puts it at links, finds it again, renews its generation, takes it off.
 
-    np_lane   ingress of each pod's veth, of the uplink and of flannel's VXLAN link   --  lane.bpf.o: settings, links, ways, counters
+    np_lane   ingress of each pod's veth, of the uplink and of flannel's VXLAN link
+      '-- lane.bpf.o   settings, links, judged: written here;   ways, visitors, counters: its own;   tables of Services: packet_tables.py
 
 Pods' veths are known by the mark that ``nodeplane-cni`` leaves (``pod_link.py``): without a bridge, and without a queue of their own, for
 what somebody shapes must go through it. What is attached stays while nobody of ours runs, and holds its maps; settings say of which build
@@ -15,7 +16,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kernelstate.errors import KernelRefusedError, KernelStateError, MissingFeatureError
@@ -26,18 +27,21 @@ from kernelstate.linux.libbpf import BpfObject, Map, Program
 from kernelstate.linux.pod_codec import IFINFO, RTM_GETLINK, links_question, read_link
 from kernelstate.linux.pod_link import ALIAS
 from kernelstate.linux.rtnetlink import Message, RouteSocket, attributes
-from kernelstate.objects.lane import LaneLink, LinkKind
+from kernelstate.objects.lane import Address, LaneLink, LinkKind
+from kernelstate.service_layout import MAPS as TABLES
+from kernelstate.service_maps import pack_address
 
 OBJECT, PROGRAM = "lane.bpf.o", "np_lane"
 ORDER = 2
 """Behind the tunnel's program and the source guard."""
-MAPS = ("settings", "links", "ways", "counters")
-COUNTERS = ("taken", "learned", "left")
+OWN = ("settings", "links", "judged", "ways", "visitors", "counters")
+"""Maps that go on under another program of the same build."""
+COUNTERS = ("taken", "learned", "left", "opened", "led")
 """The program's enum, in its order."""
 LIBERAL = "net.netfilter.nf_conntrack_tcp_be_liberal"
 """Tracking does not see what takes the lane, and must not take what it sees next for a stranger's."""
 BUILD = 8
-_SETTINGS, _WORD = struct.Struct("=8sIIHxx"), struct.Struct("=I")
+_SETTINGS, _WORD = struct.Struct("=8sIIHBx"), struct.Struct("=I")
 _ONLY = bytes(4)
 _IFLA_QDISC, _IFLA_LINKINFO, _IFLA_INFO_DATA, _IFLA_VXLAN_PORT = 6, 18, 2, 15
 _NO_QUEUE = b"noqueue\0"
@@ -57,10 +61,13 @@ class _Held:
 
 
 class LinuxLane:
-    """The lane of one network namespace; ``objects`` is the folder of the object files. Raises MissingFeatureError."""
+    """The lane of one network namespace; ``objects`` is the folder of the object files. Raises MissingFeatureError.
 
-    def __init__(self, objects: Path, attach: Attacher | None = None) -> None:
-        self._path, self._attach = objects / OBJECT, attach or attacher()
+    ``opens``: connections may begin in it.
+    """
+
+    def __init__(self, objects: Path, attach: Attacher | None = None, *, opens: bool = True) -> None:
+        self._path, self._attach, self._opens = objects / OBJECT, attach or attacher(), opens
         try:
             self._build = hashlib.sha256(self._path.read_bytes()).digest()[:BUILD]
         except OSError as error:
@@ -101,8 +108,9 @@ class LinuxLane:
             return ()
         self._held = held
         try:
-            build, _, hz, tunnel = _SETTINGS.unpack(held.maps["settings"][_ONLY])
-            if (build, hz, tunnel) != (self._build, _hz(), self._tunnel) or sysctl.read(LIBERAL) != "1":
+            build, _, hz, tunnel, opens = _SETTINGS.unpack(held.maps["settings"][_ONLY])
+            found = (build, hz, tunnel, bool(opens))
+            if found != (self._build, _hz(), self._tunnel, self._opens) or sysctl.read(LIBERAL) != "1":
                 return ()
             table = {_word(key): _word(value) for key, value in held.maps["links"].dump().items()}
         except KernelStateError:
@@ -113,8 +121,7 @@ class LinuxLane:
 
     def install(self, links: Sequence[LaneLink]) -> None:
         """Write the table, attach where it is missing, take off where it is not wanted."""
-        self.close()
-        held = self._find() or self._load()
+        held = self._hold()
         try:
             sysctl.write(LIBERAL, 1)
             table = held.maps["links"]
@@ -126,9 +133,17 @@ class LinuxLane:
                 self._attach.attach(_hook(link.index), held.program)
             self._sweep({link.index for link in links})
         except KernelStateError:
-            held.close()
+            self.close()
             raise
-        self._held = held
+
+    def judge(self, addresses: Collection[Address]) -> int:
+        """Write which pods' packets go by rules, whether there is a program at a link yet or not."""
+        table = self._hold().maps["judged"]
+        wanted = {pack_address(*address): _WORD.pack(1) for address in addresses}
+        found = table.dump().keys()
+        table.update({key: value for key, value in wanted.items() if key not in found})
+        table.remove(found - wanted.keys())
+        return len(found ^ wanted.keys())
 
     def renew(self) -> None:
         """Count the generation on, also of a program that is not held at the moment."""
@@ -148,7 +163,38 @@ class LinuxLane:
         table = self._held.maps["counters"]
         return {name: sum(table.read_cpus(_WORD.pack(i))) for i, name in enumerate(COUNTERS)}
 
+    # -- for packet_tables.py ----------------------------------------------------------------------------------------
+
+    @property
+    def tables(self) -> Mapping[str, Map] | None:
+        """The maps of the program there is, by name; None if there is none."""
+        self._held = self._held or self._find()
+        return self._held.maps if self._held is not None else None
+
+    def exchange(self, sizes: Mapping[str, int], fill: Callable[[Mapping[str, Map]], None]) -> None:
+        """Have a program with other tables, which ``fill`` fills first, wherever there is one now. What it remembers goes on."""
+        earlier = self._held or self._find()
+        held = self._load(sizes, earlier)
+        try:
+            fill(held.maps)
+            held.maps["settings"][_ONLY] = self._next_settings(held)
+            for _, index in _interfaces():
+                program = self._attach.find(_hook(index))
+                if program is not None:
+                    with program:
+                        self._attach.attach(_hook(index), held.program)
+        except KernelStateError:
+            held.close()
+            raise
+        if earlier is not None:
+            earlier.close()
+        self._held = held
+
     # -- finding and loading -----------------------------------------------------------------------------------------
+
+    def _hold(self) -> _Held:
+        self._held = self._held or self._find() or self._load()
+        return self._held
 
     def _find(self) -> _Held | None:
         """Return the program that is attached somewhere and of our build, with its maps."""
@@ -158,23 +204,24 @@ class LinuxLane:
                 continue
             maps = program.maps()
             held = _Held(program, maps)
-            is_shaped = set(MAPS) <= maps.keys() and maps["settings"].value_size == _SETTINGS.size
+            is_shaped = {*OWN, *TABLES} <= maps.keys() and maps["settings"].value_size == _SETTINGS.size
             if is_shaped and maps["settings"][_ONLY][:BUILD] == self._build:
                 return held
             held.close()
         return None
 
-    def _load(self) -> _Held:
+    def _load(self, sizes: Mapping[str, int] | None = None, earlier: _Held | None = None) -> _Held:
+        kept = {name: earlier.maps[name] for name in OWN} if earlier is not None else None
         try:
-            with BpfObject(self._path) as loaded:
-                return _Held(loaded.program(PROGRAM), {name: loaded.map(name) for name in MAPS})
+            with BpfObject(self._path, sizes, kept) as loaded:
+                return _Held(loaded.program(PROGRAM), {name: loaded.map(name) for name in (*OWN, *TABLES)})
         except KernelRefusedError as error:
             raise MissingFeatureError(Feature.SHORT_LANE, str(error)) from error
 
     def _next_settings(self, held: _Held) -> bytes:
         """Return the settings as they should be, of the generation after the one there is."""
         generation: int = _SETTINGS.unpack(held.maps["settings"][_ONLY])[1]
-        return _SETTINGS.pack(self._build, (generation + 1) & 0xFFFFFFFF, _hz(), self._tunnel)
+        return _SETTINGS.pack(self._build, (generation + 1) & 0xFFFFFFFF, _hz(), self._tunnel, self._opens)
 
     def _links_with(self, wanted: Program) -> Iterator[LaneLink]:
         """Yield the links at which the program is, with the kind that its table says."""

@@ -27,6 +27,7 @@ from kernelstate.features import Feature
 from kernelstate.linux import cgroups
 from kernelstate.linux.cgroups import Cgroup
 from kernelstate.linux.libbpf import BpfObject, Map, Program, library
+from kernelstate.linux.table_maps import read_tables, write_tables
 from kernelstate.service_layout import MAPS, Contents, MapWrite, Sizes
 
 OBJECT = "services_sock.bpf.o"
@@ -91,7 +92,7 @@ class LinuxServiceMaps:
             if not (is_ours and is_whole):
                 held.close()
                 return None
-            found = _read(held.maps)
+            found = read_tables(held.maps)
         except KernelStateError:
             held.close()
             raise
@@ -109,7 +110,7 @@ class LinuxServiceMaps:
                 earlier.close()
         try:
             held.maps["settings"][_ONLY] = codec.pack_settings(self._settings)
-            _write(held.maps, writes)
+            write_tables(held.maps, writes)
             with Cgroup(self._cgroup) as cgroup:
                 for name, kind in HOOKS.items():
                     cgroup.attach(kind, held.programs[name])
@@ -122,7 +123,7 @@ class LinuxServiceMaps:
     def write(self, writes: Sequence[MapWrite]) -> None:
         """Change the maps."""
         assert self._held is not None
-        _write(self._held.maps, writes)
+        write_tables(self._held.maps, writes)
 
     def is_intact(self) -> bool:
         """Compare what is at each hook, and the settings, with what we left: some fifty system calls."""
@@ -270,21 +271,3 @@ def _share_maps(programs: Iterable[Program]) -> bool:
                 return False
             one.close()
     return True
-
-
-def _read(maps: Mapping[str, Map]) -> tuple[Sizes, Contents]:
-    frontends = maps["frontends"].dump()
-    placed = [codec.read_service(value) for value in frontends.values()]
-    room = maps["slots"].entries
-    top = min(max((one.first + one.size for one in placed), default=0), room)
-    slots = maps["slots"].dump(top)
-    sizes = Sizes(*(maps[name].entries for name in ("frontends", "slots", "members", "own")))
-    return sizes, Contents(frontends, slots, maps["members"].dump().keys(), maps["own"].dump())
-
-
-def _write(maps: Mapping[str, Map], writes: Sequence[MapWrite]) -> None:
-    for one in writes:
-        table = maps[one.table]
-        if one.put:
-            table.update(one.put)
-        table.remove(one.drop)

@@ -64,6 +64,8 @@ class Pool(msgspec.Struct, frozen=True):
     endpoints: tuple[Endpoint, ...]
     """Not none."""
     remembers: bool = False
+    pods_only: bool = False
+    """Every endpoint is an address of the pod network: who asks from a pod keeps its source."""
 
 
 class SocketTables(msgspec.Struct, frozen=True):

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import TypeAlias
 
 import msgspec
+
+from kernelstate.objects.address import Family
+
+Address: TypeAlias = tuple[Family, int]
 
 
 class LinkKind(IntEnum):

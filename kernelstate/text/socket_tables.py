@@ -37,7 +37,7 @@ def _service(service: SocketService) -> dict[str, Any]:
 
 def _pool(pool: Pool) -> dict[str, Any]:
     endpoints = [f"{end_text(pool.family, address)}:{port}" for address, port in pool.endpoints]
-    return {"protocol": pool.protocol, "endpoints": endpoints, "remembers": pool.remembers}
+    return {"protocol": pool.protocol, "endpoints": endpoints, "remembers": pool.remembers, "podsOnly": pool.pods_only}
 
 
 def _who(who: Who) -> list[str]:

@@ -13,9 +13,7 @@
  * Source: net/ipv4/af_inet.c, net/ipv4/udp.c and net/core/filter.c (sock_addr_func_proto); the layout is in np_services.h. */
 #include <linux/errno.h>
 
-#include "wire.h"
-
-#include "../include/np_services.h"
+#include "services.h"
 
 enum counter {
 	TRANSLATED,
@@ -26,7 +24,6 @@ enum counter {
 
 #include "counters.h"
 
-#define NANOSECONDS 1000000000ULL
 #define REMEMBERED 32768
 #define ALLOWED 1
 #define DENIED 0
@@ -44,38 +41,6 @@ struct {
 	__type(value, struct np_settings);
 } settings SEC(".maps");
 
-/* Not preallocated: an element that was replaced stays readable until no program reads it any more. */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 1 << 14);
-	__type(key, struct np_end);
-	__type(value, struct np_service);
-} frontends SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 1 << 12);
-	__type(key, struct address);
-	__type(value, __u32);
-} own SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1 << 14);
-	__type(key, __u32);
-	__type(value, struct np_end);
-} slots SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 1 << 14);
-	__type(key, struct np_member);
-	__type(value, __u32);
-} members SEC(".maps");
-
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, REMEMBERED);
@@ -90,12 +55,6 @@ struct {
 	__type(key, struct np_talk);
 	__type(value, struct np_end);
 } tcp_peers SEC(".maps"), udp_peers SEC(".maps");
-
-/* IPv4 addresses lie in IPv6 sockets as they lie in the tables. */
-always_inline int is_ipv4(const struct np_end *end)
-{
-	return !end->address[0] && !end->address[1] && end->address[2] == bpf_htonl(0xffff);
-}
 
 always_inline struct np_end end4(const struct bpf_sock_addr *ctx)
 {
@@ -119,44 +78,6 @@ always_inline void write(struct bpf_sock_addr *ctx, const struct np_end *end, co
 		ctx->user_ip4 = end->address[3];
 	}
 	ctx->user_port = end->port;
-}
-
-/* The service at an address, else at a NodePort if the address is one where these answer to `who`. */
-always_inline const struct np_service *service_of(const struct np_end *to, __u32 who)
-{
-	const struct np_service *found = bpf_map_lookup_elem(&frontends, to);
-	struct np_end node_port = *to;
-	const __u32 *allowed;
-
-	if (found)
-		return found;
-	if (is_ipv4(to) && (to->address[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000))
-		node_port.address[3] = bpf_htonl(0x7f000001); /* all of 127.0.0.0/8 is loopback */
-	allowed = bpf_map_lookup_elem(&own, node_port.address);
-	if (!allowed || !(*allowed & who))
-		return 0;
-	if (!is_ipv4(to))
-		node_port.address[0] = node_port.address[1] = node_port.address[2] = 0;
-	node_port.address[3] = 0;
-	return bpf_map_lookup_elem(&frontends, &node_port);
-}
-
-always_inline int is_member(__u64 id, const struct np_end *end)
-{
-	struct np_member member = {.id = id, .end = *end};
-
-	return !!bpf_map_lookup_elem(&members, &member);
-}
-
-always_inline int draw(const struct np_service *service, struct np_end *end)
-{
-	const __u32 slot = service->first + bpf_get_prandom_u32() % service->count;
-	const struct np_end *found = bpf_map_lookup_elem(&slots, &slot);
-
-	if (!found || !found->port)
-		return 0;
-	*end = *found;
-	return 1;
 }
 
 /* The endpoint that the client had before, if it still is one, else one by lot. `client` 0: nobody remembers. */

@@ -5,6 +5,7 @@
  *     slots       number -------------------> endpoint
  *     members     id, endpoint -------------> is still one of the pool (asked where a client is remembered)
  *     clients     client, id ---------------> the endpoint it had last, and when
+ *     visitors    address, id --------------> the same, of who asks by packets
  *     peers       socket, endpoint ---------> the frontend that the socket believes to speak to
  *
  * A pool lies in consecutive slots. Another pool is written to other slots first; then the frontend, in one step, leads there. So
@@ -23,6 +24,8 @@
 
 /* What a service does with whom it serves but has no endpoint for; else the packet is left to the rules. */
 #define NP_REFUSES 1
+/* All its endpoints are pods: nobody has to replace the source of who asks from a pod. */
+#define NP_PODS_ONLY 2
 
 struct np_end {
 	__u32 address[4];
@@ -47,6 +50,11 @@ struct np_member {
 
 struct np_client {
 	__u64 client; /* the cookie of a socket, or of a network namespace where a Service has affinity */
+	__u64 id;
+};
+
+struct np_visitor {
+	__u32 address[4]; /* of a pod whose packets ask */
 	__u64 id;
 };
 

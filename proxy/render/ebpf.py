@@ -19,14 +19,14 @@ address that answers reach, and so has a pod. ``ebpf_program.py`` puts together 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from ipaddress import ip_address
 from typing import NamedTuple
 
 import msgspec
 
-from kernelstate.objects.address import Family, Prefix
+from kernelstate.objects.address import BITS, Family, Prefix
 from kernelstate.objects.ebpf import NODE_PORT, Pool, SocketFrontend, SocketProtocol, SocketService, Who
 from proxy.settings import NodeFacts, ProxySettings, local_detector, node_port_scope
 from proxy.table import Backend, Frontend, Kind, OnEmpty, ServiceEntry
@@ -49,17 +49,21 @@ class SocketContext(NamedTuple):
     protocols: frozenset[str]
     own: frozenset[tuple[Family, int]]
     """The node's addresses, and those on which NodePorts answer."""
+    pod_networks: Mapping[Family, tuple[tuple[int, int], ...]]
+    """Network and mask of what pods have addresses from: what a pod sends there keeps its source."""
 
     @classmethod
     def of(cls, settings: ProxySettings, node: NodeFacts, families: Iterable[Family]) -> SocketContext:
         """Resolve it."""
         families = tuple(families)
+        networks = node.pod_networks or settings.cluster_cidrs
         return cls(
             Who.NOBODY if settings.masquerade_all else Who.PODS,
             frozenset(f for f in families if local_detector(settings, node, f) is None),
             settings.guard_node_ports,
             frozenset(PROTOCOLS if settings.flows_to_removed == "keep" else {"UDP"}),
             frozenset({(p.family, p.network) for p in node.local_addresses} | own_addresses(settings, node, families).keys()),
+            {f: tuple(_masked(p) for p in networks if p.family == f) for f in families},
         )
 
 
@@ -144,14 +148,21 @@ def _service(context: SocketContext, entry: ServiceEntry, frontend: Frontend, po
         return SocketService(0, who, refuses)
     number = pool_number(entry, is_local=is_local)
     if number not in pools:
-        pools[number] = _pool(entry, backends)
+        pools[number] = _pool(context, entry, backends)
     return SocketService(number, who, affinity=entry.affinity_seconds)
 
 
-def _pool(entry: ServiceEntry, backends: tuple[Backend, ...]) -> Pool:
+def _pool(context: SocketContext, entry: ServiceEntry, backends: tuple[Backend, ...]) -> Pool:
     protocol = PROTOCOLS[entry.name.protocol]
     endpoints = tuple([(int(b.address), b.port) for b in backends])
-    return Pool(entry.family, protocol, endpoints, remembers=protocol == "udp" or entry.affinity_seconds > 0)
+    networks = context.pod_networks.get(entry.family, ())
+    pods_only = all(any(address & mask == network for network, mask in networks) for address, _ in endpoints)
+    return Pool(entry.family, protocol, endpoints, protocol == "udp" or entry.affinity_seconds > 0, pods_only)
+
+
+def _masked(prefix: Prefix) -> tuple[int, int]:
+    bits = BITS[prefix.family]
+    return prefix.network, (1 << bits) - (1 << (bits - prefix.length))
 
 
 def pool_number(entry: ServiceEntry, *, is_local: bool) -> int:

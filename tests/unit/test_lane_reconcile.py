@@ -16,6 +16,7 @@ class Port:
 
     def __init__(self, *links):
         self.links, self.programs, self.generation, self.installed, self.refusing = list(links), [], 0, 0, ""
+        self.judged = []
 
     def wanted(self):
         self.check("wanted")
@@ -29,6 +30,11 @@ class Port:
         self.check("install")
         self.installed += 1
         self.programs = list(links)
+
+    def judge(self, addresses):
+        self.check("judge")
+        self.judged.append((sorted(addresses), list(self.programs)))
+        return len(addresses)
 
     def renew(self):
         self.check("renew")
@@ -58,6 +64,32 @@ def test_programs_are_where_the_links_are(port):
     port.links = [OTHER, UPLINK]
     assert lane.drifted()
     assert (lane.sync().changed, port.programs) == (2, [OTHER, UPLINK])
+
+
+def test_whom_rules_judge_is_written_before_any_program_is_on(port):
+    """Whom policies are about is known to the programs before they see a packet, and written again when it has changed."""
+    lane = LaneReconciler(port)
+    lane.set_judged([(4, 1), (4, 2)])
+    assert (lane.sync().changed, port.judged) == (4, [([(4, 1), (4, 2)], [])])
+    lane.set_judged([(4, 2), (4, 1)])
+    assert lane.sync().changed == 0
+    lane.set_judged([(6, 3)])
+    assert (lane.sync().changed, port.judged[1:]) == (1, [([(6, 3)], [POD, UPLINK])])
+    lane.forget()
+    lane.sync()
+    assert port.judged[2:] == [([(6, 3)], [POD, UPLINK])]
+
+
+def test_programs_that_cannot_be_told_whom_rules_judge_go(port):
+    """Who does not know of a policy might let through what it forbids; once that can be written the programs are back."""
+    lane = LaneReconciler(port)
+    lane.sync()
+    lane.set_judged([(4, 1)])
+    port.refusing = "judge"
+    report = lane.sync()
+    assert (report.errors, port.programs) == (("judge lane: Operation not permitted",), [])
+    port.refusing = ""
+    assert (lane.sync().ok, port.programs) == (True, [POD, UPLINK])
 
 
 def test_what_somebody_takes_off_comes_back(port):
