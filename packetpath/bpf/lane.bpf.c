@@ -171,20 +171,25 @@ always_inline long ask(struct __sk_buff *skb, struct bpf_fib_lookup *route, cons
 	return bpf_fib_lookup(skb, route, sizeof *route, 0);
 }
 
-/* Where the kernel would send the packet, and whether an answer would come out where it came in. */
+/* Whether an answer would come out where the packet came in: else its sender is not who it says. */
+always_inline int is_from_here(struct __sk_buff *skb, const struct packet *p)
+{
+	struct bpf_fib_lookup back = {};
+	const long found = ask(skb, &back, p, &p->flow.to, &p->flow.from);
+
+	return (found == BPF_FIB_LKUP_RET_SUCCESS || found == BPF_FIB_LKUP_RET_NO_NEIGH) && back.ifindex == skb->ifindex;
+}
+
+/* Where the kernel would send the packet. */
 always_inline int find_route(struct __sk_buff *skb, const struct packet *p, struct way *way)
 {
-	struct bpf_fib_lookup there = {}, back = {};
+	struct bpf_fib_lookup there = {};
 	const __u32 here = skb->ifindex;
 	const __u32 *kind;
-	long found;
 
 	there.sport = way->from_port;
 	there.dport = way->to_port;
 	if (ask(skb, &there, p, &way->from, &way->to) != BPF_FIB_LKUP_RET_SUCCESS || there.ifindex == skb->ifindex)
-		return 0;
-	found = ask(skb, &back, p, &p->flow.to, &p->flow.from);
-	if ((found != BPF_FIB_LKUP_RET_SUCCESS && found != BPF_FIB_LKUP_RET_NO_NEIGH) || back.ifindex != skb->ifindex)
 		return 0;
 	/* Where a card has summed up a whole packet, replacing IPv6 addresses takes a flag that kernels before 6.16 do not know. */
 	kind = bpf_map_lookup_elem(&links, &here);
@@ -300,7 +305,7 @@ always_inline int begin(struct __sk_buff *skb, const struct packet *p, const str
 	if (!s->opens || !kind || *kind != POD)
 		return 0;
 	target = seek(p, way);
-	if (target == FOR_RULES)
+	if (target == FOR_RULES || !is_from_here(skb, p))
 		return 0;
 	is_near = find_route(skb, p, way) && way->kind == POD && is_short(skb, p, way) && !is_judged(&way->from) && !is_judged(&way->to);
 	if ((target == NO_SERVICE && !is_near) || !enter(skb, p, way, target == SERVICE))
@@ -325,7 +330,7 @@ always_inline int answer(struct __sk_buff *skb, const struct packet *p, struct w
 	if (is_ours && p->stage == REFUSES)
 		bpf_ct_change_timeout(conn, 0);
 	bpf_ct_release(conn);
-	return is_ours && find_route(skb, p, way) && is_short(skb, p, way);
+	return is_ours && is_from_here(skb, p) && find_route(skb, p, way) && is_short(skb, p, way);
 }
 
 /* -- an open connection ------------------------------------------------------------------------------------------------------ */
@@ -343,7 +348,7 @@ always_inline int learn(struct __sk_buff *skb, const struct packet *p, const str
 	if (fits)
 		translate(conn, opts.dir, way);
 	bpf_ct_release(conn);
-	if (fits && find_route(skb, p, way)) {
+	if (fits && is_from_here(skb, p) && find_route(skb, p, way)) {
 		way->until = bpf_ktime_get_ns() + SECOND;
 		bpf_map_update_elem(&ways, &p->flow, way, BPF_ANY);
 		count(LEARNED, 1);

@@ -7,13 +7,13 @@ import socket
 import struct
 import threading
 import time
-from contextlib import contextmanager
 
 import pytest
+from lane_node import PORT, SET_TX_CHECKSUM, Echo, LaneNode, heard, mac, talk, warm, wire
 from scapy.layers.inet import ICMP, IP, TCP, IPOption_NOP
 from scapy.layers.l2 import Ether
 from scapy.packet import Raw
-from service_node import NODE_IPS, OUTSIDE_IPS, ServiceNode, eventually, pod_ip
+from service_node import NODE_IPS, OUTSIDE_IPS, eventually, pod_ip
 
 from kernelstate.linux import ethtool, netns
 from kernelstate.linux.bpf_lane import LIBERAL, PROGRAM, LinuxLane, _hook, unloadable
@@ -25,10 +25,6 @@ from nodeplane.host_kernel import BUILT
 pytestmark = pytest.mark.kernel
 
 VIP = {4: "10.96.0.1", 6: "fd00:96::1"}
-PORT = 8080
-SECONDS = 5.0
-SET_TX_CHECKSUM = 0x17
-"""ETHTOOL_STXCSUM: linux/ethtool.h."""
 RULES = """
 table inet world {{
   chain before {{ type nat hook prerouting priority dstnat;
@@ -45,116 +41,13 @@ table inet world {{
 """
 
 
-class Rig(ServiceNode):
-    """A node with two pods on links that are marked as such, translated by rules, and its lane."""
-
-    def __init__(self, make_netns):
-        super().__init__(make_netns, pods=2)
-        for number in self.pods:
-            netns.run(self.node, ["ip", "link", "set", f"pod{number}", "alias", f"{ALIAS}/t/{number}/eth0"])
-        netns.run(self.node, ["nft", "-f", "-"], stdin=RULES.format(four=pod_ip(2), six=pod_ip(2, 6)))
-        with netns.inside(self.node):
-            self.port = LinuxLane(BUILT)
-        self.lane = LaneReconciler(self.port)
-        self.sync()
-
-    def sync(self):
-        with netns.inside(self.node):
-            report = self.lane.sync()
-        assert report.ok, report.errors
-        return report.changed
-
-    def counters(self):
-        return self.port.counters()
-
-    def taken(self):
-        return self.counters()["taken"]
-
-    def close(self):
-        self.port.close()
-        super().close()
-
-    def ping(self, space):
-        """Have neighbours on both sides of a link known; traffic does the same."""
-        netns.run(space, ["ping", "-c", "1", "-W", "2", NODE_IPS[4]])
-
-
 @pytest.fixture
 def rig(make_netns):
     assert not unloadable(BUILT), "this kernel has all that the lane needs"
-    found = Rig(make_netns)
+    found = LaneNode(make_netns, RULES.format(four=pod_ip(2), six=pod_ip(2, 6)))
+    found.sync()
     yield found
     found.close()
-
-
-class Echo:
-    """A TCP server that sends everything back, one connection after the other."""
-
-    def __init__(self, rig, pod, family=4):
-        self.server = rig.listen(pod, PORT, family)
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-
-    def run(self):
-        while True:
-            try:
-                client, _ = self.server.accept()
-            except TimeoutError:
-                continue
-            except OSError:
-                return
-            threading.Thread(target=self.serve, args=(client,), daemon=True).start()
-
-    def serve(self, client):
-        with client:
-            client.settimeout(30)
-            try:
-                while data := client.recv(1 << 16):
-                    client.sendall(data)
-            except OSError:
-                return
-
-
-def talk(client, rounds, size=20_000):
-    """Send and hear so many times that it comes back as it went."""
-    for number in range(rounds):
-        sent = struct.pack("=I", number) * (size // 4)
-        client.sendall(sent)
-        heard = b""
-        while len(heard) < len(sent):
-            piece = client.recv(1 << 16)
-            assert piece, "the connection was closed"
-            heard += piece
-        assert heard == sent
-
-
-def warm(client):
-    """Talk until the connection is one that tracking knows well."""
-    talk(client, 3, 400)
-
-
-@contextmanager
-def wire(space, link="eth0"):
-    """Open a raw socket at a link."""
-    with netns.inside(space):
-        raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-        raw.bind((link, 0))
-    raw.settimeout(0.2)
-    with raw:
-        yield raw
-
-
-def heard(raw, wanted, seconds=SECONDS):
-    """Return the first packet that is wanted, or None."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        try:
-            packet = Ether(raw.recv(65535))
-        except TimeoutError:
-            continue
-        if wanted(packet):
-            return packet
-    return None
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -162,10 +55,7 @@ def heard(raw, wanted, seconds=SECONDS):
 def test_a_connection_through_a_service(rig, family, sums):
     """A pod's connection to a Service takes the lane, both ways, and every byte is right; with sums left to the card, and without."""
     if sums == "no offload":
-        for number, space in rig.pods.items():
-            for place, link in ((space, "eth0"), (rig.node, f"pod{number}")):
-                with netns.inside(place):
-                    ethtool.switch(link, SET_TX_CHECKSUM, on=False)
+        rig.without_offload()
     Echo(rig, 2, family)
     client = rig.connect(rig.pods[1], VIP[family], 80)
     warm(client)
@@ -279,17 +169,11 @@ def test_what_opens_or_ends_goes_the_long_way(rig):
 def crafted(rig, client, **fields):
     """Return a packet of an open connection, as the pod's kernel would send it, with other fields of its IP header."""
     with netns.inside(rig.pods[1]):
-        own = rig_mac(rig.pods[1], "eth0")
-    head = Ether(src=own, dst=rig_mac(rig.node, "pod1"))
+        own = mac(rig.pods[1], "eth0")
+    head = Ether(src=own, dst=mac(rig.node, "pod1"))
     return (
         head / IP(src=pod_ip(1), dst=VIP[4], **fields) / TCP(sport=client.getsockname()[1], dport=80, flags="A", seq=1, ack=1)
     )
-
-
-def rig_mac(space, link):
-    with netns.inside(space), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as own:
-        own.bind((link, 0))
-        return own.getsockname()[4].hex(":")
 
 
 @pytest.mark.parametrize(
@@ -317,7 +201,7 @@ def test_odd_packets_go_the_long_way(rig, fields, arrives):
         packet = heard(there, lambda p: TCP in p and bytes(p[TCP].payload).startswith(b"odd packet"), 0.5)
         assert (packet is not None) == arrives
         if packet is not None:  # one that took the lane has the MACs it was sent with
-            assert (packet.dst != rig_mac(rig.pods[2], "eth0")) == (fields == {})
+            assert (packet.dst != mac(rig.pods[2], "eth0")) == (fields == {})
         if fields.get("ttl") == 1:
             error = heard(here, lambda p: ICMP in p and p[ICMP].type == 11)
             assert error is not None
@@ -402,7 +286,7 @@ def test_another_sender_does_not_take_it(rig):
     for space, link, there in ((rig.pods[2], "eth0", "pod2"), (rig.outside, "eth0", "eth0")):
         before = rig.counters()
         packet = crafted(rig, client)
-        packet.src, packet.dst = rig_mac(space, link), rig_mac(rig.node, there)
+        packet.src, packet.dst = mac(space, link), mac(rig.node, there)
         with wire(space) as liar:
             for _ in range(3):  # the second would go by what the first has learned
                 liar.send(bytes(packet / Raw(b"lie")))
