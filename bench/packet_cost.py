@@ -97,7 +97,7 @@ def measure(options: Options, rounds: int = ROUNDS, budget: float = BUDGET, size
         with open_injector() as injector, contextlib.ExitStack() as undo:
             lanes = [open_lane(undo, injector, FORWARDING, 0), open_lane(undo, injector, CONNTRACK, 0)]
             for services in sizes:
-                lanes += _lanes(undo, injector, modes, services)
+                lanes += lanes_of(undo, injector, modes, services)
             with pinned():
                 _measure(injector, lanes, rounds, budget)
     except KernelStateError as error:
@@ -121,7 +121,7 @@ def _modes_here(modes: Sequence[str]) -> list[str]:
 # -- nodes -------------------------------------------------------------------------------------------------------------
 
 
-def _lanes(undo: contextlib.ExitStack, injector: Injector, modes: Sequence[str], services: int) -> Iterator[Lane]:
+def lanes_of(undo: contextlib.ExitStack, injector: Injector, modes: Sequence[str], services: int) -> Iterator[Lane]:
     """Open a node for each way to program so many Services."""
     with tempfile.TemporaryDirectory(prefix="nodeplane-bench-") as directory:
         objects = Path(directory) / "objects"

@@ -180,16 +180,19 @@ always_inline int is_from_here(struct __sk_buff *skb, const struct packet *p)
 	return (found == BPF_FIB_LKUP_RET_SUCCESS || found == BPF_FIB_LKUP_RET_NO_NEIGH) && back.ifindex == skb->ifindex;
 }
 
-/* Where the kernel would send the packet. */
+/* Where the kernel would send the packet. Into a pod no neighbour has to be known: there is only one at the other end. */
 always_inline int find_route(struct __sk_buff *skb, const struct packet *p, struct way *way)
 {
 	struct bpf_fib_lookup there = {};
 	const __u32 here = skb->ifindex;
 	const __u32 *kind;
+	__u32 mtu = 0;
+	long found;
 
 	there.sport = way->from_port;
 	there.dport = way->to_port;
-	if (ask(skb, &there, p, &way->from, &way->to) != BPF_FIB_LKUP_RET_SUCCESS || there.ifindex == skb->ifindex)
+	found = ask(skb, &there, p, &way->from, &way->to);
+	if ((found != BPF_FIB_LKUP_RET_SUCCESS && found != BPF_FIB_LKUP_RET_NO_NEIGH) || there.ifindex == skb->ifindex)
 		return 0;
 	/* Where a card has summed up a whole packet, replacing IPv6 addresses takes a flag that kernels before 6.16 do not know. */
 	kind = bpf_map_lookup_elem(&links, &here);
@@ -198,6 +201,11 @@ always_inline int find_route(struct __sk_buff *skb, const struct packet *p, stru
 	kind = bpf_map_lookup_elem(&links, &there.ifindex);
 	if (!kind)
 		return 0;
+	if (found == BPF_FIB_LKUP_RET_NO_NEIGH) {
+		if (*kind != POD || bpf_check_mtu(skb, there.ifindex, &mtu, 0, 0) < 0)
+			return 0;
+		there.mtu_result = mtu;
+	}
 	way->link = there.ifindex;
 	way->kind = *kind;
 	way->mtu = there.mtu_result;
